@@ -1,0 +1,408 @@
+"""From a table of runs to folders: parsing constants, seeds, resuming, the lock, summaries and comparison plots.
+
+Shared by the two scripts, which say what the constants are, which runs are compared and what one run builds.
+"""
+import csv
+import io
+import itertools
+import json
+import math
+import re
+import signal
+import statistics
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import tyro
+from filelock import FileLock, Timeout
+from torch import nn
+from tqdm import tqdm
+
+from training import (
+    History,
+    decay,
+    evaluate,
+    fit,
+    load_tensors,
+    make_optimizer,
+    one_cycle,
+    seed_everything,
+)
+from utils import PrintModelSize, describe_device, pick_device, pick_precision, plot_curves, write_atomically
+
+NOT_IDENTITY = ('results', 'seeds', 'device')  # constants that do not change what a run is
+
+
+class NotRun(Exception):
+    """Raised by `build` when a run cannot be done here, while others can."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM."""
+
+
+class Task(NamedTuple):
+    """What one run trains: made by the script's `build(config, data)`."""
+    model: nn.Module
+    groups: list[dict]  # parameter groups for `make_optimizer`
+    train: Any  # `Batches`, shuffled and augmented
+    evaluation: dict[str, Any]  # 'train', 'val', 'test' -> `Batches`, complete and as they are
+    seconds: float = 0.0  # spent on what training would otherwise do: a frozen backbone's features
+
+
+@dataclass
+class Result:
+    """A row of summary.csv. Accuracies in [0, 1], in evaluation mode, on the complete sets; None where unknown."""
+    run: str
+    seed: int
+    status: str = 'finished'  # or what went wrong
+    data: str = ''
+    training_images: int = 0
+    device: str = ''
+    precision: str = ''
+    parameters: int | None = None
+    trainable: int | None = None
+    epochs: int = 0
+    best_epoch: int | None = None
+    best_train_accuracy: float | None = None
+    best_val_accuracy: float | None = None
+    best_test_accuracy: float | None = None
+    last_train_accuracy: float | None = None
+    last_val_accuracy: float | None = None
+    last_test_accuracy: float | None = None
+    seconds: float = 0.0  # of training
+
+
+@dataclass
+class Experiment:
+    """An experiment and what is known of it so far: what the script's `figures` gets."""
+    title: str
+    folder: Path
+    rows: dict[str, Any]  # run -> its constants
+    data: Any
+    device: torch.device
+    results: list[Result] = field(default_factory=list)
+    histories: dict[str, list[History]] = field(default_factory=dict)
+
+    def run_folder(self, run: str, seed: int) -> Path:
+        return self.folder / slug(run) / f'seed{seed}'
+
+    def statistic(self, column: str) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation over seeds, in percent, of an accuracy of `Result`: one value a trained run."""
+        values = [[100 * accuracy for result in self.results
+                   if result.run == run and (accuracy := getattr(result, column)) is not None]
+                  for run in self.histories]
+        return ([statistics.mean(v) if v else math.nan for v in values],
+                [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values])
+
+    def load(self, model: nn.Module, run: str, seed: int, which: str = 'best') -> nn.Module:
+        """Load the best or the last weights of a run into `model`."""
+        model.load_state_dict(load_tensors(self.run_folder(run, seed) / f'{which}.pt', self.device))
+        return model
+
+
+def run(argv: Sequence[str] | None, *, script: str, constants: type, experiments: dict[str, dict[str, dict]],
+        questions: dict[str, str], check: Callable, load_data: Callable, build: Callable, figures: Callable) -> int:
+    """Run the experiment that the constants and the command line name; returns the exit status.
+
+    0: all runs finished; 1: a run diverged or could not be done; 2: wrong input; 130 or 143: interrupted.
+    """
+    try:
+        if hasattr(sys.stdout, 'reconfigure'):
+            sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once, too
+        with _signals_as_exceptions():
+            return _run(argv, script, constants, experiments, questions, check, load_data, build, figures)
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        print('\nInterrupted. Nothing finished is lost: the same command continues.', file=sys.stderr)
+        return 128 + number
+    except (ValueError, OSError) as error:  # what a user can cause, and can mend
+        message = str(error)
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or 'allocate memory' in str(error)):
+            raise
+        message = 'out of memory: lower the constant batch_size (for example to half), or close other programs'
+    print(f'{script}: error: {message}', file=sys.stderr)
+    return 2
+
+
+def _run(argv, script, constants, experiments, questions, check, load_data, build, figures) -> int:
+    name, rows = parse(argv, script, constants, experiments, check)
+    first = next(iter(rows.values()))
+    device = pick_device(first.device)
+    precision, reason = pick_precision(first.precision, device)
+    print(f'{name}: {questions[name]}\ndevice: {describe_device(device)}; precision: {precision} ({reason})')
+    data = load_data(first).to(device)
+    print(f'data: {data.source}, {len(data.classes)} classes; {len(data.train):,} training, '
+          f'{len(data.val):,} validation and {len(data.test):,} test images')
+    for note in data.notes:
+        print(f'{"*" * 100}\n{note}\n{"*" * 100}')
+    if first.num_classes != len(data.classes):
+        print(f'num_classes: {len(data.classes)} instead of {first.num_classes}, as the data has')
+    rows = {run: replace(config, data=data.name, precision=precision, num_classes=len(data.classes))
+            for run, config in rows.items()}
+    seeds = tuple(dict.fromkeys(first.seeds))
+
+    with _claimed_folder(Path(first.results) / script / name, rows, seeds) as folder:
+        title = f'{name} · {data.source}, {len(data.train):,} training images'
+        experiment = Experiment(title, folder, rows, data, device)
+        plots = []
+        jobs = list(itertools.product(seeds, rows))  # one seed of everything first
+        sizes_shown = set()
+        for i, (seed, run) in enumerate(jobs):
+            later = [(s, r) for s, r in jobs[i + 1:] if not (experiment.run_folder(r, s) / 'result.json').exists()]
+            result, history = _one_run(experiment, run, seed, build, sizes_shown,
+                                       epochs_to_come=sum(rows[r].num_epochs for _, r in later))
+            experiment.results.append(result)
+            if history.epochs:
+                experiment.histories.setdefault(run, []).append(history)
+            plots = _summarise(experiment)
+        if experiment.histories:
+            plots += figures(experiment)
+    print(summary_table(experiment.results))
+    print('\n'.join(['', *map(str, [folder / 'summary.csv', *plots])]))
+    failed = [result for result in experiment.results if result.status != 'finished']
+    for result in failed:
+        print(f'{result.run}, seed {result.seed}: {result.status}', file=sys.stderr)
+    return 1 if failed else 0
+
+
+# --- constants ----------------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None, script: str, constants: type, experiments: dict[str, dict[str, dict]],
+          check: Callable) -> tuple[str, dict[str, Any]]:
+    """(experiment's name, run -> its constants), all checked. Constants < row of the table < command line.
+
+    Raises ValueError; options that do not exist or are of the wrong type end the program (tyro, exit status 2).
+    """
+    def read(row: dict) -> Any:
+        return tyro.cli(constants, args=argv, default=replace(constants(), **row), prog=f'{script}.py')
+
+    name = read({}).experiment
+    if name not in experiments:
+        raise ValueError(f'experiment must be one of {", ".join(experiments)}, got {name!r}')
+    table = experiments[name]
+    rows = {run: read(row) for run, row in table.items()}
+    for config in rows.values():
+        check(config)
+    for key in {key: None for row in table.values() for key in row}:
+        compared = len({repr(row.get(key)) for row in table.values()}) > 1
+        values = {repr(getattr(config, key)) for config in rows.values()}
+        if compared and len(values) == 1:
+            raise ValueError(f'{name} compares values of {key}, but the command line or the constants make it '
+                             f'{values.pop()} in every run: leave {key} alone, or choose another experiment')
+    return name, rows
+
+
+def check_ranges(config: Any, ranges: dict[str, tuple[float, float]]) -> None:
+    """Raise ValueError for a number, or a number in a tuple, outside its range (ends included; NaN is outside)."""
+    for key, (low, high) in ranges.items():
+        value = getattr(config, key)
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        if value == () or not all(low <= number <= high for number in numbers):
+            raise ValueError(f'{key} must be between {low:g} and {high:g}, got {value}')
+
+
+# --- folders ------------------------------------------------------------------------------------------------
+
+
+def slug(run: str) -> str:
+    """'flip + crop' -> 'flip+crop', 'p = 0.1' -> 'p=0.1', 'batch norm' -> 'batch-norm'."""
+    return re.sub(r'[^\w.+=]+', '-', re.sub(r' ([+=]) ', r'\1', run))
+
+
+@contextmanager
+def _claimed_folder(base: Path, rows: dict[str, Any], seeds: Iterable[int]) -> Iterator[Path]:
+    """The first of base, base-2, base-3 ... that is new or holds these constants, locked for this process."""
+    identities = {run: _identity(config) for run, config in rows.items()}
+    for n in itertools.count(1):
+        folder = base if n == 1 else base.with_name(f'{base.name}-{n}')
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / '.lock')
+        with suppress(Timeout):
+            lock.acquire(timeout=0)
+        difference = _difference(folder, identities)
+        if not difference:
+            break
+        lock.release()
+        print(f'{folder} holds runs with other constants ({difference}): they stay')
+    if not lock.is_locked:
+        raise ValueError(f'another process is working on {folder}: wait until it ends, or choose another folder '
+                         f'with --results')
+    for run, seed in itertools.product(rows, seeds):
+        path = folder / slug(run) / f'seed{seed}' / 'config.json'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_atomically(path, json.dumps(identities[run], indent=1) + '\n')
+    try:
+        yield folder
+    finally:
+        lock.release()
+
+
+def _identity(config: Any) -> dict:
+    """The constants that say what a run is, as JSON gives them back."""
+    constants = {key: value for key, value in asdict(config).items() if key not in NOT_IDENTITY}
+    return json.loads(json.dumps(constants, default=str))
+
+
+def _difference(folder: Path, identities: dict[str, dict]) -> str:
+    """What differs first between the constants in `folder` and these; '' if nothing does."""
+    for run, identity in identities.items():
+        for path in sorted(folder.glob(f'{slug(run)}/seed*/config.json')):
+            there = _read_json(path)
+            for key in identity | there:
+                if there.get(key) != identity.get(key):
+                    return f'{run}: {key} is {there.get(key)} there and {identity.get(key)} now'
+    return ''
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError('no table of values')
+        return value
+    except ValueError as error:
+        raise ValueError(f'{path} is damaged ({error}): delete its folder to train this run again') from error
+
+
+# --- one run ------------------------------------------------------------------------------------------------
+
+
+def _one_run(experiment: Experiment, run: str, seed: int, build: Callable, sizes_shown: set[int],
+             epochs_to_come: int) -> tuple[Result, History]:
+    """Train, or continue, or read what was finished before."""
+    config, folder, title = experiment.rows[run], experiment.run_folder(run, seed), f'{run}, seed {seed}'
+    if (folder / 'result.json').exists():
+        (folder / 'checkpoint.pt').unlink(missing_ok=True)
+        try:
+            result = Result(**_read_json(folder / 'result.json'))
+        except TypeError as error:
+            raise ValueError(f'{folder / "result.json"} is of another version of this program: delete {folder} to '
+                             f'train this run again') from error
+        print(f'{title}: {result.status} before, not repeated')
+        return result, History.read(folder / 'history.csv') if result.epochs else History()
+
+    result = Result(run, seed, data=experiment.data.source, training_images=len(experiment.data.train),
+                    device=describe_device(experiment.device), precision=config.precision)
+    seed_everything(seed)
+    try:
+        task = build(config, experiment.data)
+    except NotRun as reason:
+        result.status = f'not run: {reason}'
+        print(f'{title}: {result.status}', file=sys.stderr)
+        return result, History()
+    result.parameters = PrintModelSize(task.model, disp=False)
+    result.trainable = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+    if result.trainable not in sizes_shown:
+        PrintModelSize(task.model)
+        sizes_shown.add(result.trainable)
+    schedule = (one_cycle(config.learning_rate, config.num_epochs, config.warmup) if config.schedule == 'one-cycle'
+                else decay(config.learning_rate, config.learning_rate_decay))
+    history = fit(task.model, task.train, task.evaluation['val'],
+                  make_optimizer(config.optimizer, task.groups, config.learning_rate, config.reg), schedule,
+                  num_epochs=config.num_epochs, seed=seed, folder=folder, precision=config.precision,
+                  patience=config.patience, label_smoothing=config.label_smoothing, ema_decay=config.ema_decay,
+                  title=title, source=experiment.title, epochs_to_come=epochs_to_come)
+    result.epochs, result.seconds = len(history.epochs), task.seconds + sum(history['seconds'])
+    if history.diverged:
+        result.status = (f'diverged in {history.diverged}, where the loss was not a finite number: lower learning_rate '
+                         f'({config.learning_rate:g}), or look at reg, optimizer and precision')
+    if history.epochs:
+        result.best_epoch = history.best.epoch
+        for which in ['best'] if history.diverged else ['best', 'last']:
+            if which == 'last' and history.best.epoch == len(history.epochs):
+                values = [getattr(result, f'best_{part}_accuracy') for part in task.evaluation]  # the same weights
+            else:
+                experiment.load(task.model, run, seed, which)
+                values = [evaluate(task.model, tqdm(batches, f'{title}: {which} model, {part} images', disable=None,
+                                                    leave=False), config.precision)[1]
+                          for part, batches in task.evaluation.items()]
+            for part, accuracy in zip(task.evaluation, values, strict=True):
+                setattr(result, f'{which}_{part}_accuracy', accuracy)
+    write_atomically(folder / 'result.json', json.dumps(asdict(result), indent=1) + '\n')
+    (folder / 'checkpoint.pt').unlink(missing_ok=True)
+    return result, history
+
+
+# --- summaries ----------------------------------------------------------------------------------------------
+
+
+def _summarise(experiment: Experiment) -> list[Path]:
+    """Write summary.csv, summary.md and, with histories, curves.png of all runs; returns the plots."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [f.name for f in fields(Result)], lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(asdict(result) for result in experiment.results)
+    write_atomically(experiment.folder / 'summary.csv', text.getvalue())
+    write_atomically(experiment.folder / 'summary.md', f'{experiment.title}\n\n{summary_table(experiment.results)}\n')
+    if not experiment.histories:
+        return []
+    return [plot_curves(experiment.histories, experiment.folder / 'curves.png', experiment.title)]
+
+
+def read_summary(path: Path) -> list[Result]:
+    """Read summary.csv."""
+    with path.open(newline='') as file:
+        return [Result(**{f.name: _parse_cell(row[f.name], f.type) for f in fields(Result)})
+                for row in csv.DictReader(file)]
+
+
+def _parse_cell(cell: str, kind: Any) -> Any:
+    if cell == '' and kind is not str:
+        return None
+    return cell if kind is str else int(cell) if 'int' in str(kind) else float(cell)
+
+
+def mean_std(values: Iterable[float | None], form: str = '.1f', scale: float = 1.0) -> str:
+    """[0.81, 0.83] with scale 100 -> '82.0 ± 1.4': mean and sample standard deviation; one value stands alone."""
+    numbers = [value * scale for value in values if value is not None and math.isfinite(value)]
+    if not numbers:
+        return '–'
+    text = f'{statistics.mean(numbers):{form}}'
+    return f'{text} ± {statistics.stdev(numbers):{form}}' if len(numbers) > 1 else text
+
+
+def summary_table(results: Sequence[Result]) -> str:
+    """A Markdown table, a line a run: mean ± standard deviation over its seeds, accuracies in percent."""
+    head = ['run', 'seeds', 'trained / all parameters', 'epochs', 'best epoch', 'best: train', 'val', 'test',
+            'latest: train', 'val', 'test', 'seconds']
+    lines = [head, ['---'] + ['---:'] * (len(head) - 1)]
+    for run in dict.fromkeys(result.run for result in results):
+        same = [result for result in results if result.run == run]
+        done = [result for result in same if result.status == 'finished']
+        name = run if len(done) == len(same) else f'{run} ({same[-1].status.split(",")[0].split(":")[0]})'
+        size = next((f'{r.trainable:,} / {r.parameters:,}' for r in same if r.parameters), '–')
+        lines.append([name, str(len(same)), size, mean_std([r.epochs for r in same], '.0f'),
+                      mean_std([r.best_epoch for r in same], '.0f'),
+                      *(mean_std([getattr(r, f'{which}_{part}_accuracy') for r in same], scale=100)
+                        for which in ('best', 'last') for part in ('train', 'val', 'test')),
+                      mean_std([r.seconds for r in same], '.0f')])
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
+@contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise `Interrupted`, once: a second one does not break the writing the first one causes."""
+    def interrupt(number: int, _frame: Any) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread only
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

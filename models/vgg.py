@@ -1,0 +1,111 @@
+"""VGG11 with batch norm for transfer learning (question 4; Simonyan and Zisserman, 2014)."""
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import VGG11_BN_Weights
+from torchvision.models.vgg import cfgs, make_layers
+
+
+class WeightsUnavailable(Exception):
+    """The ImageNet weights are neither in torch's cache nor can they be downloaded."""
+
+
+class VggModel(nn.Module):
+    """The convolutional part of torchvision's vgg11_bn, and two new fully connected layers.
+
+    fine_tune: True trains the whole network, False only the new layers (the handout's flag meant the
+    opposite). pretrained: start the convolutional part from `weights`, else from torchvision's random
+    initialisation. layer_config: inputs of the first new layer (512, as the convolutions give) and of the
+    second. weights: 'imagenet', or the path of a state dict with torchvision's key names.
+    Raises ValueError for arguments or weights that do not fit, WeightsUnavailable when offline.
+    """
+
+    def __init__(self, n_class: int, fine_tune: bool, pretrained: bool = True, *,
+                 layer_config: Sequence[int] = (512, 256), weights: str | Path = 'imagenet'):
+        super().__init__()
+        if not (fine_tune or pretrained):
+            raise ValueError('fine_tune=False needs pretrained=True: a frozen random backbone learns nothing')
+        if len(layer_config) != 2 or layer_config[0] != 512:
+            raise ValueError(f'layer_config must be (512, hidden): the convolutions give 512 features, '
+                             f'got {tuple(layer_config)}')
+        self.fine_tune = fine_tune
+        self.features = make_layers(cfgs['A'], batch_norm=True)
+        features_in, hidden = layer_config
+        self.classifier = nn.Sequential(
+            nn.Linear(features_in, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, n_class))
+        self.apply(_torchvision_init)
+        if pretrained:
+            self.features.load_state_dict(load_features(weights, like=self.features.state_dict()))
+        self.features.requires_grad_(fine_tune)
+
+    def extract(self, images: Tensor) -> Tensor:
+        """(B, 3, 32, 32) normalised images -> (B, 512) features."""
+        return self.features(images).flatten(1)  # five poolings leave 1x1, so flatten keeps a batch of one
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, 32, 32) normalised images, or (B, 512) features of `extract` -> (B, n_class) logits."""
+        return self.classifier(self.extract(x) if x.ndim == 4 else x)
+
+    def train(self, mode: bool = True) -> 'VggModel':
+        super().train(mode)
+        if not self.fine_tune:
+            self.features.eval()  # frozen batch norm must not keep learning statistics
+        return self
+
+
+def _torchvision_init(module: nn.Module) -> None:
+    """The initialisation torchvision gives its VGG, which `make_layers` alone does not include."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, 0, 0.01)
+        nn.init.zeros_(module.bias)
+
+
+def load_features(weights: str | Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The `features.*` tensors of a state dict, the prefix removed, checked against names and shapes of `like`.
+
+    weights: 'imagenet' or a path. Raises ValueError when the file is damaged or holds something else.
+    """
+    path = _imagenet_file() if weights == 'imagenet' else Path(weights)
+    if not path.is_file():
+        raise ValueError(f"weights must be 'imagenet' or the path of a state dict, but there is no file {path}")
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        state = {key.removeprefix('features.'): tensor for key, tensor in state.items()
+                 if key.startswith('features.') and isinstance(tensor, Tensor)}
+    except Exception as error:  # whatever a damaged or foreign file makes torch.load raise
+        raise ValueError(f'{path} is not a readable state dict ({type(error).__name__}): '
+                         f'download it again or name another file') from error
+    # The official file is older than batch norm's counter of batches, which only a cumulative average needs.
+    state = {key: torch.zeros_like(t) for key, t in like.items() if key.endswith('num_batches_tracked')} | state
+    if wrong := [key for key, tensor in like.items() if key not in state or tensor.shape != state[key].shape]:
+        raise ValueError(f'{path} does not hold the convolutional part of vgg11_bn: features.{wrong[0]} and '
+                         f'{len(wrong) - 1} more of its {len(like)} tensors are missing or of another shape')
+    return {key: state[key].to(tensor.dtype) for key, tensor in like.items()}
+
+
+def _imagenet_file() -> Path:
+    """The official weights in torch's cache, downloaded if need be (507 MB), their hash verified."""
+    url = VGG11_BN_Weights.IMAGENET1K_V1.url
+    name = url.rsplit('/', 1)[-1]
+    digest = name.removesuffix('.pth').rsplit('-', 1)[-1]  # torchvision names a file by its SHA256's first digits
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / name
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
+        except (URLError, OSError, RuntimeError) as error:
+            raise WeightsUnavailable(f'the ImageNet weights could not be downloaded ({error}). Fetch {url} and put '
+                                     f'it, named {name}, into {path.parent}; or name a file with --weights') from error
+    with path.open('rb') as file:
+        found = hashlib.file_digest(file, 'sha256').hexdigest()
+    if not found.startswith(digest):
+        raise ValueError(f'{path} is damaged: its SHA256 begins with {found[:len(digest)]}, not {digest}. '
+                         f'Delete it and run again')
+    return path
