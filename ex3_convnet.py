@@ -196,11 +196,13 @@ def filters(done: experiment.Experiment) -> Path:
 
 def best_against_latest(done: experiment.Experiment) -> Path:
     """Q2b: the two models of each run on the training, validation and test set."""
-    series = {}
-    for which, label in (('best', 'best'), ('last', 'latest')):
-        for part, images in (('train', 'training'), ('val', 'validation'), ('test', 'test')):
-            series[f'{label}, {images}'] = done.statistic(f'{which}_{part}_accuracy')
-    return plot_bars(list(done.histories), series, done.folder / 'best_against_latest.png', done.title)
+    names, series = [], {'best on validation': ([], []), 'latest': ([], [])}
+    for part, images in (('train', 'training'), ('val', 'validation'), ('test', 'test')):
+        names += [f'{run}\n{images}' for run in done.histories]
+        for which, statistic in zip(('best', 'last'), series.values(), strict=True):
+            for so_far, values in zip(statistic, done.statistic(f'{which}_{part}_accuracy'), strict=True):
+                so_far += values
+    return plot_bars(names, series, done.folder / 'best_against_latest.png', done.title)
 
 
 def bars(done: experiment.Experiment) -> Path:

@@ -375,7 +375,7 @@ def summary_table(results: Sequence[Result]) -> str:
     """A Markdown table, a line a run: mean ± standard deviation over its seeds, accuracies in percent."""
     head = ['run', 'seeds', 'trained / all parameters', 'epochs', 'best epoch', 'best: train', 'val', 'test',
             'latest: train', 'val', 'test', 'seconds']
-    lines = [head, ['---'] + ['---:'] * (len(head) - 1)]
+    lines = [head, [''] * len(head)]
     for run in dict.fromkeys(result.run for result in results):
         same = [result for result in results if result.run == run]
         done = [result for result in same if result.status == 'finished']
@@ -386,7 +386,10 @@ def summary_table(results: Sequence[Result]) -> str:
                       *(mean_std([getattr(r, f'{which}_{part}_accuracy') for r in same], scale=100)
                         for which in ('best', 'last') for part in ('train', 'val', 'test')),
                       mean_std([r.seconds for r in same], '.0f')])
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    lines[1] = [f'{"-" * (width - 1)}{":" if i else "-"}' for i, width in enumerate(widths)]
+    return '\n'.join('| ' + ' | '.join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(
+        zip(line, widths, strict=True))) + ' |' for line in lines)
 
 
 @contextmanager

@@ -151,9 +151,9 @@ def VisualizeFilter(model: nn.Module, path: str | Path | None = None, *, before:
     limit = max(f.abs().max().item() for f in filters) or 1.0
     images = [_tile(f / (2 * limit) + 0.5) for f in filters]
     if path is not None:
-        figure = Figure(figsize=(8 * len(images), 4.6), layout='constrained')
-        if title:
-            figure.suptitle(title)
+        height, width, _ = images[0].shape
+        figure = Figure(figsize=(6 * len(images), 6 * height / width + 1), layout='constrained')
+        figure.suptitle(title)
         panels = figure.subplots(1, len(images), squeeze=False)[0]
         for panel, image, name in zip(panels, images, titles if before is not None else [''], strict=True):
             panel.imshow(image, interpolation='nearest')
@@ -236,7 +236,7 @@ def plot_against(x: Sequence[float], series: Mapping[str, Statistic], path: Path
 
 def plot_bars(names: Sequence[str], series: Mapping[str, Statistic], path: Path, title: str) -> Path:
     """Groups of bars of accuracies in percent, one group a name; the axis begins near the smallest."""
-    figure = Figure(figsize=(max(7.5, 1.3 * len(names) * max(1, len(series) / 2)), 4.8), layout='constrained')
+    figure = Figure(figsize=(max(7.5, 0.6 * len(names) * len(series)), 4.8), layout='constrained')
     panel = figure.subplots()
     width = 0.8 / len(series)
     for i, (color, (name, (means, deviations))) in enumerate(zip(_colors(len(series)), series.items(), strict=True)):
@@ -244,9 +244,9 @@ def plot_bars(names: Sequence[str], series: Mapping[str, Statistic], path: Path,
         bars = panel.bar(places, means, width, yerr=deviations if any(deviations) else None, capsize=3, color=color,
                          label=name)
         panel.bar_label(bars, fmt='%.1f', padding=2, fontsize=8)
-    lowest = min(min(means) for means, _ in series.values())
-    highest = max(max(means) for means, _ in series.values())
-    margin = max(1.0, 0.25 * (highest - lowest))
+    lowest = min(np.nanmin(np.subtract(*statistic)) for statistic in series.values())
+    highest = max(np.nanmax(np.add(*statistic)) for statistic in series.values())
+    margin = max(1.0, 0.15 * (highest - lowest))
     panel.set(ylabel='accuracy (%)', ylim=(max(0, lowest - 2 * margin), min(105, highest + margin)))
     panel.set_xticks(range(len(names)), names, rotation=20 if len(names) > 4 else 0)
     panel.set_title(title, fontsize=11)
