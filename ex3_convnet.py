@@ -99,6 +99,7 @@ FLIP, CROP = dict(flip=0.5), dict(crop_padding=4)
 AFFINE = dict(degrees=10, translate=0.1, scale=0.1, shear=5)
 JITTER = dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)
 GREY = dict(greyscale=0.2)
+Q2B = dict(num_epochs=50, seeds=(0, 1, 2))  # several repetitions
 Q3 = dict(norm_layer='BN', num_epochs=30)
 STRENGTHS = {
     'crop_padding': (2, 4, 8), 'degrees': (5, 15, 30), 'translate': (0.05, 0.1, 0.2),
@@ -107,7 +108,7 @@ STRENGTHS = {
 EXPERIMENTS = {
     'Q1': {'ConvNet': {}},
     'Q2a': {'plain': dict(norm_layer=None), 'batch norm': dict(norm_layer='BN')},
-    'Q2b': {'plain': dict(norm_layer=None, num_epochs=50), 'batch norm': dict(norm_layer='BN', num_epochs=50)},
+    'Q2b': {'plain': Q2B | dict(norm_layer=None), 'batch norm': Q2B | dict(norm_layer='BN')},
     'Q3a': {
         'none': Q3, 'flip': Q3 | FLIP, 'crop': Q3 | CROP, 'flip + crop': Q3 | FLIP | CROP, 'affine': Q3 | AFFINE,
         'colour jitter': Q3 | JITTER, 'greyscale': Q3 | GREY, 'all': Q3 | FLIP | CROP | AFFINE | JITTER | GREY},
@@ -185,7 +186,7 @@ def figures(done: experiment.Experiment) -> list[Path]:
 
 def filters(done: experiment.Experiment) -> Path:
     """Q1c: the first layer's filters before and after training."""
-    run, seed = done.results[0].run, done.results[0].seed
+    run, seed = next((result.run, result.seed) for result in done.results if result.best_epoch)
     experiment.seed_everything(seed)
     before = make_model(done.rows[run], done.device)
     after = done.load(make_model(done.rows[run], done.device), run, seed)

@@ -216,7 +216,8 @@ def plot_curves(runs: Mapping[str, Sequence], path: Path, title: str) -> Path:
         panel.grid(alpha=0.3)
     panels[0].set_ylim(0, 1.05 * max(line.get_ydata()[line.get_ydata() < 5].max(initial=0.1)
                                      for line in panels[0].get_lines()))  # one spike must not flatten all the rest
-    panels[1].legend(loc='center left', bbox_to_anchor=(1.01, 0.5), fontsize=9)
+    if any(runs):
+        panels[1].legend(loc='center left', bbox_to_anchor=(1.01, 0.5), fontsize=9)
     return save_figure(figure, path)
 
 
@@ -244,8 +245,8 @@ def plot_bars(names: Sequence[str], series: Mapping[str, Statistic], path: Path,
         bars = panel.bar(places, means, width, yerr=deviations if any(deviations) else None, capsize=3, color=color,
                          label=name)
         panel.bar_label(bars, fmt='%.1f', padding=2, fontsize=8)
-    lowest = min(np.nanmin(np.subtract(*statistic)) for statistic in series.values())
-    highest = max(np.nanmax(np.add(*statistic)) for statistic in series.values())
+    lowest = np.nanmin([np.subtract(*statistic) for statistic in series.values()])
+    highest = np.nanmax([np.add(*statistic) for statistic in series.values()])
     margin = max(1.0, 0.15 * (highest - lowest))
     panel.set(ylabel='accuracy (%)', ylim=(max(0, lowest - 2 * margin), min(105, highest + margin)))
     panel.set_xticks(range(len(names)), names, rotation=20 if len(names) > 4 else 0)

@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.datasets import CIFAR10
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.datasets.folder import default_loader
 from tqdm import tqdm
 
 from datasets import shapes
@@ -159,10 +160,9 @@ def _read_images(paths: list[Path], title: str) -> tuple[Tensor, int]:
 
     def read(i: int) -> bool:
         try:
-            image = decode_image(str(paths[i]), ImageReadMode.RGB)
-        except RuntimeError as error:
-            raise ValueError(f'{paths[i]} cannot be read ({str(error).splitlines()[0]}): '
-                             f'replace or delete it') from error
+            image = torch.from_numpy(np.array(default_loader(str(paths[i])))).permute(2, 0, 1)
+        except Exception as error:  # whatever a damaged image makes Pillow raise
+            raise ValueError(f'{paths[i]} cannot be read ({error}): replace or delete it') from error
         resize = image.shape[1:] != (32, 32)
         if resize:
             image = F.interpolate(image[None].float(), (32, 32), mode='bilinear', antialias=True)[0].round()

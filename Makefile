@@ -1,0 +1,18 @@
+# make run   - question 1 (or: make run ARGS="--experiment Q2a")
+# make test  - the tests
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: run test
+run: .venv/installed
+	$(PY) ex3_convnet.py $(ARGS)
+
+test: .venv/installed
+	$(PY) -m pytest $(ARGS)
+
+# Written last, so that an interrupted installation is taken up again, and a finished one never repeated.
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@

@@ -1,0 +1,100 @@
+"""SIGKILL at random moments: a training started again until it is done ends like one that was never interrupted.
+
+    pytest tests/test_kill.py -s --kills 100
+"""
+import functools
+import multiprocessing
+import os
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+from tiny import TINY, assert_same_outcome
+from tqdm import tqdm
+
+import ex3_convnet
+import experiment
+import training
+import utils
+
+OPTIONS = [*TINY, '--experiment', 'Q2b', '--ema-decay', '0.5', '--dropout', '0.1', '--flip', '0.5']
+EPOCHS = 6  # two runs of three
+
+# What a training is doing, as far as a kill is concerned: the calls that the child announces.
+ANNOUNCED = {
+    'reading data': [(ex3_convnet, 'load_data')],
+    'building': [(ex3_convnet, 'build')],
+    'loading a checkpoint': [(training, '_load_checkpoint')],
+    'training': [(training.TrainingStep, '__call__')],
+    'evaluating': [(training, 'evaluate'), (experiment, 'evaluate')],
+    'plotting': [(training, 'plot_curves'), (experiment, 'plot_curves'), (ex3_convnet, 'plot_bars')],
+    'writing': [(module, 'write_atomically') for module in (training, experiment, utils)] + [(os, 'fsync')],
+    'moving into place': [(os, 'replace')],
+    'deleting a checkpoint': [(Path, 'unlink')],
+}
+
+
+def train(folder: Path, announcements: Connection) -> None:
+    """The child: a whole experiment, with a checkpoint after every epoch."""
+    training.SECONDS_BETWEEN_CHECKPOINTS = 0
+    tqdm.set_lock(threading.RLock())  # its own lock is a system resource that a killed process leaves behind
+    for phase, calls in ANNOUNCED.items():
+        for owner, name in calls:
+            setattr(owner, name, announcing(getattr(owner, name), functools.partial(announcements.send, phase)))
+    with open(f'{folder}.log', 'a', buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
+        sys.exit(ex3_convnet.main([*OPTIONS, '--results', str(folder)]))
+
+
+def announcing(function, announce):
+    def call(*args, **kwargs):
+        announce()
+        return function(*args, **kwargs)
+    return call
+
+
+def run_and_kill(folder: Path, after: float, delay: float) -> tuple[list[str], bool]:
+    """Train, and kill `delay` seconds after announcement number `after` -> (announcements, whether it was killed)."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['ex3_convnet'])  # torch is imported once, not for every child
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=train, args=(folder, sender))
+    child.start()
+    sender.close()
+    phases = ['starting']
+    try:
+        while len(phases) <= after:
+            phases.append(receiver.recv())
+        time.sleep(delay)
+        child.kill()
+    except EOFError:  # it had less to do
+        pass
+    child.join()
+    assert child.exitcode in (0, -9), Path(f'{folder}.log').read_text()
+    return phases, child.exitcode != 0
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows has no SIGKILL and no forkserver')
+def test_a_training_killed_at_any_moment_ends_like_one_never_interrupted(tmp_path, request):
+    phases, _ = run_and_kill(tmp_path / 'whole', after=float('inf'), delay=0)
+    rng = random.Random(0)
+    killed, experiments = Counter(), 0
+    while killed.total() < request.config.getoption('--kills'):
+        experiments += 1
+        folder, kills = tmp_path / f'killed{experiments}', 0
+        while True:
+            done, was_killed = run_and_kill(folder, rng.randrange(len(phases)), rng.choice([0, rng.uniform(0, 0.02)]))
+            if not was_killed:
+                break
+            kills += 1
+            killed[done[-1]] += 1
+        assert_same_outcome(folder, tmp_path / 'whole')
+        trained = Path(f'{folder}.log').read_text().count('images/s')  # a line an epoch
+        assert EPOCHS <= trained <= EPOCHS + kills  # a kill costs at most the epoch under way
+    print(f'\n{killed.total()} kills and as many restarts in {experiments} experiments: nothing lost. Killed while')
+    print('\n'.join(f'{count:>5} {phase}' for phase, count in killed.most_common()))
