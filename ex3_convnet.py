@@ -214,7 +214,7 @@ def bars(done: experiment.Experiment) -> Path:
 
 def gallery(done: experiment.Experiment) -> Path:
     """Q3a: rows of augmentations, columns of versions of the same images."""
-    images = done.data.train.images[:3].repeat_interleave(3, 0).float() / 255
+    images = next(iter(done.data.values())).train.images[:3].repeat_interleave(3, 0).float() / 255
     rows = {}
     for run, config in done.rows.items():
         rows[run] = images

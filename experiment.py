@@ -85,8 +85,9 @@ class Experiment:
     title: str
     folder: Path
     rows: dict[str, Any]  # run -> its constants
-    data: Any
+    data: dict[str, Any]  # run -> its data
     device: torch.device
+    sizes_shown: set[int] = field(default_factory=set)
     results: list[Result] = field(default_factory=list)
     histories: dict[str, list[History]] = field(default_factory=dict)
 
@@ -135,30 +136,22 @@ def run(argv: Sequence[str] | None, *, script: str, constants: type, experiments
 def _run(argv, script, constants, experiments, questions, check, load_data, build, figures) -> int:
     name, rows = parse(argv, script, constants, experiments, check)
     first = next(iter(rows.values()))
+    print(f'{name}: {questions[name]}')
     device = pick_device(first.device)
-    precision, reason = pick_precision(first.precision, device)
-    print(f'{name}: {questions[name]}\ndevice: {describe_device(device)}; precision: {precision} ({reason})')
-    data = load_data(first).to(device)
-    print(f'data: {data.source}, {len(data.classes)} classes; {len(data.train):,} training, '
-          f'{len(data.val):,} validation and {len(data.test):,} test images')
-    for note in data.notes:
-        print(f'{"*" * 100}\n{note}\n{"*" * 100}')
-    if first.num_classes != len(data.classes):
-        print(f'num_classes: {len(data.classes)} instead of {first.num_classes}, as the data has')
-    rows = {run: replace(config, data=data.name, precision=precision, num_classes=len(data.classes))
-            for run, config in rows.items()}
-    seeds = tuple(dict.fromkeys(first.seeds))
+    rows, data = _resolve(rows, device, load_data)
+    seeds = dict.fromkeys(seed for config in rows.values() for seed in config.seeds)
+    jobs = [(run, seed) for seed in seeds for run, config in rows.items() if seed in config.seeds]
 
-    with _claimed_folder(Path(first.results) / script / name, rows, seeds) as folder:
-        title = f'{name} · {data.source}, {len(data.train):,} training images'
+    with _claimed_folder(Path(first.results) / script / name, rows, jobs) as folder:
+        sources = dict.fromkeys(each.source for each in data.values())
+        sizes = dict.fromkeys(f'{len(each.train):,}' for each in data.values())
+        title = f'{name} · {" / ".join(sources)}, {" / ".join(sizes)} training images'
         experiment = Experiment(title, folder, rows, data, device)
         plots = []
-        jobs = list(itertools.product(seeds, rows))  # one seed of everything first
-        sizes_shown = set()
-        for i, (seed, run) in enumerate(jobs):
-            later = [(s, r) for s, r in jobs[i + 1:] if not (experiment.run_folder(r, s) / 'result.json').exists()]
-            result, history = _one_run(experiment, run, seed, build, sizes_shown,
-                                       epochs_to_come=sum(rows[r].num_epochs for _, r in later))
+        for i, (run, seed) in enumerate(jobs):
+            to_come = sum(rows[later].num_epochs for later, seed in jobs[i + 1:]
+                          if not (experiment.run_folder(later, seed) / 'result.json').exists())
+            result, history = _one_run(experiment, run, seed, build, to_come)
             experiment.results.append(result)
             if history.epochs:
                 experiment.histories.setdefault(run, []).append(history)
@@ -171,6 +164,32 @@ def _run(argv, script, constants, experiments, questions, check, load_data, buil
     for result in failed:
         print(f'{result.run}, seed {result.seed}: {result.status}', file=sys.stderr)
     return 1 if failed else 0
+
+
+def _resolve(rows: dict[str, Any], device: torch.device, load_data: Callable) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settle what 'auto' means and load what the runs need, each once: (run -> constants, run -> data)."""
+    precisions, loaded, data = {}, {}, {}
+    for run, config in rows.items():
+        if config.precision not in precisions:
+            precisions[config.precision], reason = pick_precision(config.precision, device)
+            print(f'device: {describe_device(device)}; precision: {precisions[config.precision]} ({reason})')
+        wanted = config.data, config.data_root, config.num_training, config.num_validation
+        if wanted not in loaded:
+            loaded[wanted] = load_data(config).to(device)
+            _introduce(loaded[wanted], config)
+        data[run] = loaded[wanted]
+        rows = rows | {run: replace(config, data=data[run].name, num_classes=len(data[run].classes),
+                                    precision=precisions[config.precision])}
+    return rows, data
+
+
+def _introduce(data: Any, config: Any) -> None:
+    print(f'data: {data.source}, {len(data.classes)} classes; {len(data.train):,} training, '
+          f'{len(data.val):,} validation and {len(data.test):,} test images')
+    for note in data.notes:
+        print(f'{"*" * 100}\n{note}\n{"*" * 100}')
+    if config.num_classes != len(data.classes):
+        print(f'num_classes: {len(data.classes)} instead of {config.num_classes}, as the data has')
 
 
 # --- constants ----------------------------------------------------------------------------------------------
@@ -219,7 +238,7 @@ def slug(run: str) -> str:
 
 
 @contextmanager
-def _claimed_folder(base: Path, rows: dict[str, Any], seeds: Iterable[int]) -> Iterator[Path]:
+def _claimed_folder(base: Path, rows: dict[str, Any], jobs: Iterable[tuple[str, int]]) -> Iterator[Path]:
     """The first of base, base-2, base-3 ... that is new or holds these constants, locked for this process."""
     identities = {run: _identity(config) for run, config in rows.items()}
     for n in itertools.count(1):
@@ -236,7 +255,7 @@ def _claimed_folder(base: Path, rows: dict[str, Any], seeds: Iterable[int]) -> I
     if not lock.is_locked:
         raise ValueError(f'another process is working on {folder}: wait until it ends, or choose another folder '
                          f'with --results')
-    for run, seed in itertools.product(rows, seeds):
+    for run, seed in jobs:
         path = folder / slug(run) / f'seed{seed}' / 'config.json'
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
@@ -277,10 +296,11 @@ def _read_json(path: Path) -> dict:
 # --- one run ------------------------------------------------------------------------------------------------
 
 
-def _one_run(experiment: Experiment, run: str, seed: int, build: Callable, sizes_shown: set[int],
+def _one_run(experiment: Experiment, run: str, seed: int, build: Callable,
              epochs_to_come: int) -> tuple[Result, History]:
     """Train, or continue, or read what was finished before."""
-    config, folder, title = experiment.rows[run], experiment.run_folder(run, seed), f'{run}, seed {seed}'
+    config, data, folder = experiment.rows[run], experiment.data[run], experiment.run_folder(run, seed)
+    title = f'{run}, seed {seed}'
     if (folder / 'result.json').exists():
         (folder / 'checkpoint.pt').unlink(missing_ok=True)
         try:
@@ -291,20 +311,20 @@ def _one_run(experiment: Experiment, run: str, seed: int, build: Callable, sizes
         print(f'{title}: {result.status} before, not repeated')
         return result, History.read(folder / 'history.csv') if result.epochs else History()
 
-    result = Result(run, seed, data=experiment.data.source, training_images=len(experiment.data.train),
+    result = Result(run, seed, data=data.source, training_images=len(data.train),
                     device=describe_device(experiment.device), precision=config.precision)
     seed_everything(seed)
     try:
-        task = build(config, experiment.data)
+        task = build(config, data)
     except NotRun as reason:
         result.status = f'not run: {reason}'
         print(f'{title}: {result.status}', file=sys.stderr)
         return result, History()
     result.parameters = PrintModelSize(task.model, disp=False)
     result.trainable = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
-    if result.trainable not in sizes_shown:
+    if result.trainable not in experiment.sizes_shown:
         PrintModelSize(task.model)
-        sizes_shown.add(result.trainable)
+        experiment.sizes_shown.add(result.trainable)
     schedule = (one_cycle(config.learning_rate, config.num_epochs, config.warmup) if config.schedule == 'one-cycle'
                 else decay(config.learning_rate, config.learning_rate_decay))
     history = fit(task.model, task.train, task.evaluation['val'],

@@ -203,3 +203,12 @@ def test_accuracies_of_the_summary_are_those_of_the_kept_weights(run, tmp_path):
                 right = (model((split.images / 255 - 0.5) / 0.5).argmax(1) == split.labels).float().mean().item()
             assert getattr(result, f'{which}_{part}_accuracy') == pytest.approx(right, abs=1e-6)
     assert len(data.test) == 1000
+
+
+def test_rows_may_differ_in_their_data(run, tmp_path, monkeypatch):
+    rows = {str(n): dict(num_training=n) for n in (40, 60)}
+    monkeypatch.setitem(EXPERIMENTS, 'Q2a', rows)
+    arguments = [option for option in TINY if option not in ('--num-training', '60')]
+    assert main([*arguments, '--results', str(tmp_path), '--experiment', 'Q2a', '--num-epochs', '1']) == 0
+    results = read_summary(tmp_path / 'ex3_convnet' / 'Q2a' / 'summary.csv')
+    assert [result.training_images for result in results] == [40, 60]
