@@ -32,6 +32,7 @@ from training import (
     load_tensors,
     make_optimizer,
     one_cycle,
+    reading,
     seed_everything,
 )
 from utils import PrintModelSize, describe_device, pick_device, pick_precision, plot_curves, write_atomically
@@ -104,7 +105,9 @@ class Experiment:
 
     def load(self, model: nn.Module, run: str, seed: int, which: str = 'best') -> nn.Module:
         """Load the best or the last weights of a run into `model`."""
-        model.load_state_dict(load_tensors(self.run_folder(run, seed) / f'{which}.pt', self.device))
+        path = self.run_folder(run, seed) / f'{which}.pt'
+        with reading(path):
+            model.load_state_dict(load_tensors(path, self.device))
         return model
 
 
@@ -123,8 +126,10 @@ def run(argv: Sequence[str] | None, *, script: str, constants: type, experiments
         number = stop.args[0] if stop.args else signal.SIGINT
         print('\nInterrupted. Nothing finished is lost: the same command continues.', file=sys.stderr)
         return 128 + number
-    except (ValueError, OSError) as error:  # what a user can cause, and can mend
+    except ValueError as error:  # what a user can cause, and can mend
         message = str(error)
+    except OSError as error:  # no space, no permission, a file where a folder should be
+        message = f'{error}: mend that or choose another folder with --results; the same command continues'
     except (RuntimeError, MemoryError) as error:
         if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or 'allocate memory' in str(error)):
             raise
@@ -276,21 +281,12 @@ def _difference(folder: Path, identities: dict[str, dict]) -> str:
     """What differs first between the constants in `folder` and these; '' if nothing does."""
     for run, identity in identities.items():
         for path in sorted(folder.glob(f'{slug(run)}/seed*/config.json')):
-            there = _read_json(path)
+            with reading(path):
+                there = dict(json.loads(path.read_text()))
             for key in identity | there:
                 if there.get(key) != identity.get(key):
                     return f'{run}: {key} is {there.get(key)} there and {identity.get(key)} now'
     return ''
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-        if not isinstance(value, dict):
-            raise ValueError('no table of values')
-        return value
-    except ValueError as error:
-        raise ValueError(f'{path} is damaged ({error}): delete its folder to train this run again') from error
 
 
 # --- one run ------------------------------------------------------------------------------------------------
@@ -303,13 +299,9 @@ def _one_run(experiment: Experiment, run: str, seed: int, build: Callable,
     title = f'{run}, seed {seed}'
     if (folder / 'result.json').exists():
         (folder / 'checkpoint.pt').unlink(missing_ok=True)
-        try:
-            result = Result(**_read_json(folder / 'result.json'))
-        except TypeError as error:
-            raise ValueError(f'{folder / "result.json"} is of another version of this program: delete {folder} to '
-                             f'train this run again') from error
+        result, history = _read_finished(folder, run, seed)
         print(f'{title}: {result.status} before, not repeated')
-        return result, History.read(folder / 'history.csv') if result.epochs else History()
+        return result, history
 
     result = Result(run, seed, data=data.source, training_images=len(data.train),
                     device=describe_device(experiment.device), precision=config.precision)
@@ -350,6 +342,21 @@ def _one_run(experiment: Experiment, run: str, seed: int, build: Callable,
                 setattr(result, f'{which}_{part}_accuracy', accuracy)
     write_atomically(folder / 'result.json', json.dumps(asdict(result), indent=1) + '\n')
     (folder / 'checkpoint.pt').unlink(missing_ok=True)
+    return result, history
+
+
+def _read_finished(folder: Path, run: str, seed: int) -> tuple[Result, History]:
+    """What a finished run left. Raises ValueError when it is damaged or does not fit together."""
+    path = folder / 'result.json'
+    with reading(path):
+        result = Result(**json.loads(path.read_text()))
+        if not all(isinstance(getattr(result, f.name), f.type) for f in fields(Result)):
+            raise TypeError('a value is of another type')
+    history = History.read(folder / 'history.csv') if result.epochs else History()
+    with reading(path):
+        best_epoch = history.best.epoch if history.epochs else None
+        if (result.run, result.seed, result.epochs, result.best_epoch) != (run, seed, len(history.epochs), best_epoch):
+            raise ValueError('it is of another run, or history.csv is not complete')
     return result, history
 
 
@@ -398,8 +405,8 @@ def summary_table(results: Sequence[Result]) -> str:
     lines = [head, [''] * len(head)]
     for run in dict.fromkeys(result.run for result in results):
         same = [result for result in results if result.run == run]
-        done = [result for result in same if result.status == 'finished']
-        name = run if len(done) == len(same) else f'{run} ({same[-1].status.split(",")[0].split(":")[0]})'
+        failed = [result.status for result in same if result.status != 'finished']
+        name = f'{run} ({re.split("[,:]", failed[0])[0]})' if failed else run
         size = next((f'{r.trainable:,} / {r.parameters:,}' for r in same if r.parameters), '–')
         lines.append([name, str(len(same)), size, mean_std([r.epochs for r in same], '.0f'),
                       mean_std([r.best_epoch for r in same], '.0f'),

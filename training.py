@@ -5,7 +5,8 @@ import io
 import math
 import time
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from utils import autocast, plot_curves, write_atomically
+from utils import autocast, first_sentence, plot_curves, write_atomically
 
 SECONDS_BETWEEN_CHECKPOINTS = 10
 
@@ -66,12 +67,20 @@ class History:
     @classmethod
     def read(cls, path: Path) -> 'History':
         """Read history.csv. Raises ValueError when it is damaged."""
-        try:
-            with path.open(newline='') as file:
-                return cls([Epoch(**{f.name: f.type(row[f.name]) for f in fields(Epoch)})
-                            for row in csv.DictReader(file)])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f'{path} is damaged: delete its folder to train this run again') from error
+        with reading(path), path.open(newline='') as file:
+            return cls([Epoch(**{f.name: f.type(row[f.name]) for f in fields(Epoch)}) for row in csv.DictReader(file)])
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged or foreign file makes its reader raise into one message, a ValueError."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f'{path} is missing, damaged or not of this run ({type(error).__name__}: '
+                         f'{first_sentence(error)}): delete {path.parent} to train this run again') from error
 
 
 # --- learning rate, optimiser, averaging --------------------------------------------------------------------
@@ -294,6 +303,9 @@ def fit(model: nn.Module, train, val, optimizer: Optimizer, schedule: Callable[[
             if time.monotonic() - saved_at > SECONDS_BETWEEN_CHECKPOINTS:
                 save(state)
                 state, saved_at = None, time.monotonic()
+        if state:  # here and not only below, so that Ctrl-C while it is written causes another try
+            save(state)
+            state = None
     finally:  # the end of the training, Ctrl-C, a full disk: whatever it was, the last whole epoch is kept
         bar.close()
         if state:
@@ -343,26 +355,18 @@ def save_tensors(value: dict, path: Path) -> None:
 
 
 def load_tensors(path: Path, device: torch.device | str = 'cpu') -> dict:
-    """Read what `save_tensors` wrote. Raises ValueError for a file that is damaged or none of ours."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch itself does not look at the checksums
-                raise ValueError(f'{damaged} fails its checksum')
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever a damaged or foreign file makes zipfile and torch raise
-        raise ValueError(f'{path} is damaged or not from this program ({str(error).splitlines()[0]}): '
-                         f'delete it to train this run from its start') from error
+    """Read what `save_tensors` wrote, its checksums verified. To be called within `reading(path)`."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():  # torch itself does not look at the checksums
+            raise zipfile.BadZipFile(f'{damaged} fails its checksum')
+    return torch.load(path, map_location=device, weights_only=True)
 
 
 def _load_checkpoint(path: Path, model: nn.Module, judged: nn.Module, optimizer: Optimizer) -> tuple[dict, History]:
-    state = load_tensors(path, next(model.parameters()).device)
-    try:
+    with reading(path):
+        state = load_tensors(path, next(model.parameters()).device)
         model.load_state_dict(state['model'])
+        judged.load_state_dict(state['best'])  # only to see that it fits, too
         judged.load_state_dict(state['judged'])
         optimizer.load_state_dict(state['optimizer'])
         return state['best'], History([Epoch(**epoch) for epoch in state['epochs']])
-    except Exception as error:
-        raise ValueError(f'{path} is of another network or another version of this program: '
-                         f'delete it to train this run from its start') from error

@@ -2,6 +2,7 @@
 import io
 import os
 import platform
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,12 +25,17 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"device must be 'auto' or a torch device that is here, got {name!r} ({reason})") from error
+    except Exception as error:  # every kind of device raises something else where it is missing
+        raise ValueError(f"device must be 'auto' or a torch device that is here, got {name!r} "
+                         f'({first_sentence(error)})') from error
     if device.type == 'cuda':
         torch.backends.cudnn.benchmark = True  # every step has the same shapes: worth a search
-    return device
+    return torch.device('cpu') if device.type == 'cpu' else device  # tensors saved on cpu:1 could not be loaded
+
+
+def first_sentence(error: Exception) -> str:
+    """Of its message: torch's go on for pages."""
+    return re.split(r'\. |\n', str(error).strip())[0]
 
 
 def describe_device(device: torch.device) -> str:
@@ -111,8 +117,10 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk does not say which file
         raise
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.folder import default_loader
 from tqdm import tqdm
 
 from datasets import shapes
@@ -160,7 +160,10 @@ def _read_images(paths: list[Path], title: str) -> tuple[Tensor, int]:
 
     def read(i: int) -> bool:
         try:
-            image = torch.from_numpy(np.array(default_loader(str(paths[i])))).permute(2, 0, 1)
+            with Image.open(paths[i]) as file:
+                # 16 bits of grey, which `convert` would clip
+                file = file.point(lambda grey: grey / 257) if file.mode.startswith('I') else file
+                image = torch.from_numpy(np.array(file.convert('RGB'))).permute(2, 0, 1)
         except Exception as error:  # whatever a damaged image makes Pillow raise
             raise ValueError(f'{paths[i]} cannot be read ({error}): replace or delete it') from error
         resize = image.shape[1:] != (32, 32)

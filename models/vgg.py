@@ -1,5 +1,6 @@
 """VGG11 with batch norm for transfer learning (question 4; Simonyan and Zisserman, 2014)."""
 import hashlib
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.error import URLError
@@ -76,6 +77,10 @@ def load_features(weights: str | Path, like: dict[str, Tensor]) -> dict[str, Ten
     if not path.is_file():
         raise ValueError(f"weights must be 'imagenet' or the path of a state dict, but there is no file {path}")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch itself does not look at the checksums
+                    raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location='cpu', weights_only=True)
         state = {key.removeprefix('features.'): tensor for key, tensor in state.items()
                  if key.startswith('features.') and isinstance(tensor, Tensor)}

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-from tiny import TINY, assert_same_outcome
+from tiny import TINY, TINY_NET, assert_same_outcome
 from tqdm import tqdm
 
 import ex3_convnet
@@ -23,7 +23,7 @@ import experiment
 import training
 import utils
 
-OPTIONS = [*TINY, '--experiment', 'Q2b', '--ema-decay', '0.5', '--dropout', '0.1', '--flip', '0.5']
+OPTIONS = [*TINY, *TINY_NET, '--experiment', 'Q2b', '--seeds', '0', '--ema-decay', '0.5', '--dropout', '0.1', '--flip', '0.5']
 EPOCHS = 6  # two runs of three
 
 # What a training is doing, as far as a kill is concerned: the calls that the child announces.

@@ -1,0 +1,442 @@
+#!/usr/bin/env python3
+"""Images trained on per second: this project beside the script that one would otherwise write.
+
+    python benchmarks/training_speed.py                       # random images: the speed does not depend on them
+    python benchmarks/training_speed.py --data cifar10
+    python benchmarks/training_speed.py --table benchmarks/results/X.json    # print the table of an earlier run
+
+Everything is measured in one process and in turns, so that whatever else the machine does touches all alike.
+benchmarks/README.md says what is compared, and what was tried.
+"""
+import io
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules
+
+import torch
+import torchvision
+import tyro
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+
+import ex3_convnet
+import ex3_pretrained
+from datasets import cifar10
+from experiment import slug
+from training import decay, duration, fit, make_optimizer, seed_everything
+from utils import describe_device, pick_device, pick_precision, save_figure, write_atomically
+
+try:
+    import resource
+except ImportError:  # Windows: the peak memory of a process is not shown there
+    resource = None
+
+STEPS = {'cpu': 3, 'cuda': 245}  # of one repetition; 245 are an epoch of 49,000 images
+REPETITIONS = 7
+WORKERS = (2, 4, 8)  # of which the fastest is shown
+MATRIX_SIDE = {'cpu': 2048, 'cuda': 8192}
+USUAL, PROJECT = 'usual script', 'this project'
+
+
+class Case(NamedTuple):
+    """What is trained: the constants of a script that differ from its defaults."""
+    script: ModuleType
+    constants: dict[str, Any]
+
+
+CASES = {
+    'ConvNet': Case(ex3_convnet, {}),
+    'ConvNet, batch norm': Case(ex3_convnet, dict(norm_layer='BN')),
+    'ConvNet, batch norm, flip + crop + jitter': Case(
+        ex3_convnet, dict(norm_layer='BN') | ex3_convnet.FLIP | ex3_convnet.CROP | ex3_convnet.JITTER),
+    'VGG11_bn, frozen': Case(ex3_pretrained, dict(mode='frozen')),
+    'VGG11_bn, fine-tuned': Case(ex3_pretrained, dict(mode='fine-tuned')),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure the speed of training, and of the machine."""
+    data: str | None = None  # 'auto', 'cifar10', 'shapes' or an image folder, as in the scripts; None: random images
+    cases: tuple[str, ...] = tuple(CASES)  # what to measure
+    repetitions: int = REPETITIONS
+    steps: int | None = None  # of one repetition; None: see STEPS
+    batch_size: int = 200
+    memory: bool = True  # measure peak memory, too; on the CPU in a process of its own for each way
+    device: str = 'auto'
+    precision: Literal['auto', 'fp32', 'bf16'] = 'auto'  # of this project; the usual script is fp32
+    results: Path = Path(__file__).parent / 'results'
+    table: Path | None = None  # print the table of this JSON file and measure nothing
+
+
+class Way(NamedTuple):
+    """One way to train a network."""
+    run: Callable[[], float]  # train on every image once -> images per second
+    flops: float  # of a training step, for each image
+    features: dict[str, float] | None = None  # made once, before training: their 'images' and 'seconds'
+
+
+# --- the usual script ---------------------------------------------------------------------------------------
+
+
+class PilImages(Dataset):
+    """Images as torchvision's CIFAR10 gives them: one by one, through PIL and the transforms."""
+
+    def __init__(self, split: cifar10.Split, transform: Callable):
+        self.images, self.labels = split.images.permute(0, 2, 3, 1).cpu().numpy(), split.labels.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[i])), self.labels[i]
+
+
+def usual_transform(config: Any, mean: Sequence[float], std: Sequence[float]) -> Callable:
+    """torchvision's counterparts of the augmentations that `config` switches on."""
+    steps = []
+    if config.crop_padding:
+        steps.append(transforms.RandomCrop(32, config.crop_padding))
+    if config.flip:
+        steps.append(transforms.RandomHorizontalFlip(config.flip))
+    if getattr(config, 'hue', 0):
+        steps.append(transforms.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue))
+    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+
+def usual(script: ModuleType, config: Any, data: cifar10.Data, device: torch.device, workers: int = 0) -> Way:
+    """The loop of the handout: fp32 as PyTorch's defaults have it, and the loss read at every step."""
+    mean, std = ((0.5,) * 3, (0.5,) * 3) if script is ex3_convnet else (
+        ex3_pretrained.IMAGENET_MEAN, ex3_pretrained.IMAGENET_STD)
+    # Workers stay from epoch to epoch, so that starting them is not measured; an epoch begins with empty queues.
+    loader = DataLoader(PilImages(data.train, usual_transform(config, mean, std)), config.batch_size, shuffle=True,
+                        drop_last=True, num_workers=workers, persistent_workers=workers > 0)
+    model = script.make_model(config, device).to(memory_format=torch.contiguous_format).train()
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate,
+                                 weight_decay=config.reg)
+
+    def run() -> float:
+        torch.backends.cudnn.benchmark = False
+        start = time.perf_counter()
+        total_loss, correct = 0.0, 0
+        for images, labels in loader:
+            images, labels = images.to(device), labels.to(device)
+            logits = model(images)
+            loss = criterion(logits, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total_loss += loss.item()
+            correct += (logits.argmax(1) == labels).sum().item()
+        seconds = time.perf_counter() - start
+        torch.backends.cudnn.benchmark = device.type == 'cuda'
+        return len(loader) * config.batch_size / seconds
+
+    return Way(run, training_flops(model, torch.randn(2, 3, 32, 32, device=device)))
+
+
+# --- this project -------------------------------------------------------------------------------------------
+
+
+def project(script: ModuleType, config: Any, data: cifar10.Data, device: torch.device) -> Way:
+    """`fit` itself, timed by its own clock: what history.csv says of an epoch, without its validation."""
+    task = script.build(config, data.to(device))
+    optimizer = make_optimizer(config.optimizer, task.groups, config.learning_rate, config.reg)
+
+    def run() -> float:
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+            history = fit(task.model, task.train, task.evaluation['val'], optimizer,
+                          decay(config.learning_rate, config.learning_rate_decay), seed=0, folder=Path(folder),
+                          num_epochs=2 if device.type == 'cuda' else 1,  # the first one captures the graph
+                          precision=config.precision)
+        return history['images_per_second'][-1]
+
+    inputs, _ = task.train.batch(torch.arange(2, device=device))
+    features = None
+    if task.seconds:
+        features = {'images': 2 * len(data.train) + len(data.val) + len(data.test), 'seconds': task.seconds}
+    return Way(run, training_flops(task.model.train(), inputs), features)
+
+
+def training_flops(model: nn.Module, inputs: Tensor) -> float:
+    """Floating point operations of a training step for each of `inputs`: two for each multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        model(inputs).sum().backward()
+    model.zero_grad()
+    return counter.get_total_flops() / len(inputs)
+
+
+# --- the machine --------------------------------------------------------------------------------------------
+
+
+def seconds_per_call(function: Callable, device: torch.device, at_least: float = 0.3) -> float:
+    """Warmed up, and repeated until `at_least` seconds have passed."""
+    function()
+    calls, seconds = 1, 0.0
+    while seconds < at_least:
+        calls *= 4 if seconds else 1
+        synchronise(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        synchronise(device)
+        seconds = time.perf_counter() - start
+    return seconds / calls
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def measure_ceiling(device: torch.device) -> dict[str, float]:
+    """What the machine does at best: a large matrix product, FLOP/s in 'fp32' and 'bf16'; a large 'copy', bytes/s.
+
+    On CUDA the fp32 product may round its inputs to TF32, as PyTorch's convolutions do by default.
+    """
+    side = MATRIX_SIDE.get(device.type, 2048)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('high')
+    ceiling = {}
+    for precision, dtype in (('fp32', torch.float32), ('bf16', torch.bfloat16)):
+        matrix = torch.randn(side, side, device=device, dtype=dtype)
+        ceiling[precision] = 2 * side ** 3 / seconds_per_call(lambda m=matrix: m @ m, device)
+    torch.set_float32_matmul_precision(before)
+    source = torch.ones(2 ** 26, device=device)
+    target = torch.empty_like(source)
+    ceiling['copy'] = 2 * source.nbytes / seconds_per_call(lambda: target.copy_(source), device)  # read and written
+    return ceiling
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+def load_data(options: Options, steps: int) -> cifar10.Data:
+    """As many training images as the steps of one repetition take, and a few others; on the CPU."""
+    count = steps * options.batch_size
+    if options.data is None:
+        generator = torch.Generator().manual_seed(0)
+        parts = {part: cifar10.Split(torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator),
+                                     torch.randint(10, (n,), generator=generator))
+                 for part, n in (('train', count), ('val', 200), ('test', 200))}
+        return cifar10.Data('random', 'random images', tuple('0123456789'), **parts)
+    constants = ex3_convnet.Config()
+    data = cifar10.load(options.data, constants.data_root, constants.num_training, constants.num_validation)
+    return replace(data, train=data.train[:count], val=data.val[:200], test=data.test[:200])
+
+
+def configure(case: Case, options: Options, data: cifar10.Data, precision: str, folder: Path) -> Any:
+    """The script's constants. VGG starts from random weights: its speed does not depend on them."""
+    config = case.script.Config(batch_size=min(options.batch_size, len(data.train)), num_classes=len(data.classes),
+                                precision=precision, **case.constants)
+    if case.script is ex3_pretrained:
+        path = folder / 'vgg.pth'
+        if not path.exists():
+            features = ex3_pretrained.VggModel(10, fine_tune=True, pretrained=False).features
+            torch.save({f'features.{key}': tensor for key, tensor in features.state_dict().items()}, path)
+        config = replace(config, weights=str(path))
+    return config
+
+
+def measure(name: str, options: Options, data: cifar10.Data, device: torch.device, precision: str,
+            folder: Path) -> dict:
+    """One case: way -> images per second of each repetition, and the machine's ceiling at the same time."""
+    script = CASES[name].script
+    config = configure(CASES[name], options, data, precision, folder)
+    ways, memory = {}, {}
+
+    def add(way: str, make: Callable, **options_of_way: int) -> float:
+        """Make a way, warm it up, note the memory that the device needs for it."""
+        if device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+        seed_everything(0)
+        ways[way] = make(script, config, data, device, **options_of_way)
+        speed = ways[way].run()
+        if device.type == 'cuda':
+            memory[way] = torch.cuda.max_memory_allocated(device) - before
+        return speed
+
+    add(USUAL, usual)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'This DataLoader will create')  # more workers than cores: measured all the same
+        speeds = {workers: add(f'{USUAL}, {workers} workers', usual, workers=workers) for workers in WORKERS}
+    fastest = max(speeds, key=speeds.get)
+    ways = {way: ways[way] for way in (USUAL, f'{USUAL}, {fastest} workers')}  # the others' processes end here
+    add(PROJECT, project)
+    speeds, ceilings = {way: [] for way in ways}, []
+    for _ in range(options.repetitions):
+        ceilings.append(measure_ceiling(device))
+        for way in ways:
+            speeds[way].append(ways[way].run())
+    if device.type == 'cpu' and options.memory and resource:
+        memory = {way: in_a_process_of_its_own(peak_memory, name, way, options, precision, str(folder))
+                  for way in (USUAL, PROJECT)}
+    return {'ways': {way: {'images_per_second': speeds[way], 'flops_per_image': ways[way].flops,
+                           'precision': precision if way == PROJECT else 'fp32', 'peak_memory': memory.get(way)}
+                     for way in ways},
+            'ceiling': {key: [ceiling[key] for ceiling in ceilings] for key in ceilings[0]},
+            'features': ways[PROJECT].features}
+
+
+def peak_memory(name: str, way: str, options: Options, precision: str, folder: str) -> int:
+    """Bytes by which a fresh process grows, at its peak, when it makes a way and trains twice on every image."""
+    device = torch.device('cpu')
+    data = load_data(options, options.steps or STEPS['cpu'])
+    config = configure(CASES[name], options, data, precision, Path(folder))
+    unit = 1 if sys.platform == 'darwin' else 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    made = (usual if way == USUAL else project)(CASES[name].script, config, data, device)
+    made.run()
+    made.run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+
+
+def in_a_process_of_its_own(function: Callable, *arguments: Any) -> Any:
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+# --- showing ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Spread:
+    """The median of some repetitions, the smallest and the largest."""
+    values: list[float] = field(repr=False)
+
+    def __format__(self, form: str) -> str:
+        if len(self.values) == 1:
+            return format(self.values[0], form)
+        return f'{median(self.values):{form}} ({min(self.values):{form}}–{max(self.values):{form}})'
+
+
+def pairs(numerator: Iterable[float], denominator: Iterable[float]) -> list[float]:
+    """Ratios within each repetition: what changes from one to the next cancels."""
+    return [a / b for a, b in zip(numerator, denominator, strict=True)]
+
+
+def utilisation(case: dict, way: str) -> list[float]:
+    """Model FLOP utilisation: the FLOP/s of a way over those of a matrix product in the same precision."""
+    one = case['ways'][way]
+    return pairs([speed * one['flops_per_image'] for speed in one['images_per_second']],
+                 case['ceiling'][one['precision']])
+
+
+def table(record: dict) -> str:
+    """The results as Markdown."""
+    head = ['', USUAL, 'with workers', PROJECT, 'ratio', 'ratio to workers', 'of the ceiling: usual', 'project',
+            'epoch', 'at the ceiling', 'peak memory: usual', 'project']
+    lines, notes = [head, ['---', *['---:'] * (len(head) - 1)]], []
+    for name, case in record['cases'].items():
+        plain, workers, ours = case['ways']  # in this order
+        speeds = {way: one['images_per_second'] for way, one in case['ways'].items()}
+        epoch = record['epoch_images'] / median(speeds[ours])
+        lines.append([
+            name, f'{Spread(speeds[plain]):,.0f}', f'{Spread(speeds[workers]):,.0f} with {workers.split()[-2]}',
+            f'**{Spread(speeds[ours]):,.0f}**', f'**{Spread(pairs(speeds[ours], speeds[plain])):.2f}**',
+            f'{Spread(pairs(speeds[ours], speeds[workers])):.2f}',
+            f'{median(utilisation(case, plain)):.1%}', f'{median(utilisation(case, ours)):.1%}',
+            f'{epoch:,.1f} s', f'{epoch * median(utilisation(case, ours)):,.1f} s',
+            *('–' if (bytes_ := case['ways'][way]['peak_memory']) is None else f'{bytes_ / 1e6:,.0f} MB'
+              for way in (plain, ours))])
+        if features := case['features']:
+            rate = features['images'] / features['seconds']
+            once = (2 * record['epoch_images'] + 11_000) / rate
+            total, before = once + 30 * epoch, 30 * record['epoch_images'] / median(speeds[plain])
+            notes.append(
+                f'- {name}: the project trains on features that are made once, at {rate:,.0f} images/s: '
+                f'{duration(once)} for the training images, their mirror images, 1,000 validation and 10,000 test images. '
+                f'30 epochs with it: {duration(total)}, against {duration(before)} ({before / total:.1f} times as long).')
+    ceilings = {key: Spread([value / 1e9 for case in record['cases'].values() for value in case['ceiling'][key]])
+                for key in ('fp32', 'bf16', 'copy')}
+    return '\n'.join([
+        *('| ' + ' | '.join(line) + ' |' for line in lines), '',
+        f'Images per second: median (smallest–largest) of {record["repetitions"]} repetitions of {record["steps"]} steps '
+        f'of {record["batch_size"]} images, in turns; ratios are those of pairs of turns. An epoch is '
+        f'{record["epoch_images"]:,} images.', '',
+        f'- {record["device"]}; torch {record["torch"]}, torchvision {record["torchvision"]}; {record["source"]}; '
+        f'the project in {record["precision"]} ({record["reason"]}).',
+        f'- The ceiling: a matrix product does {ceilings["fp32"]:,.0f} GFLOP/s in {record["fp32"]} and '
+        f'{ceilings["bf16"]:,.0f} in bf16; a copy moves {ceilings["copy"]:,.0f} GB/s.', *notes])
+
+
+def plot(record: dict, path: Path) -> Path:
+    """Bars of images per second, a panel for each case, since their speeds differ by orders of magnitude."""
+    cases = record['cases']
+    figure = Figure(figsize=(9, 0.9 + 1.15 * len(cases)), layout='constrained')
+    figure.suptitle(f'Images trained on per second · {record["device"]}', fontsize=12)
+    panels = figure.subplots(len(cases), 1, squeeze=False)[:, 0]
+    for panel, (name, case) in zip(panels, cases.items(), strict=True):
+        ways = list(case['ways'])
+        speeds = [case['ways'][way]['images_per_second'] for way in ways]
+        middle = [median(values) for values in speeds]
+        below, above = zip(*[(m - min(v), max(v) - m) for m, v in zip(middle, speeds, strict=True)], strict=True)
+        panel.barh(ways, middle, xerr=[below, above], color=['#b8b8b8', '#8c8c8c', 'tab:blue'], height=0.75,
+                   error_kw=dict(capsize=3, linewidth=1))
+        first = middle[0]
+        for row, speed in enumerate(middle):
+            text = f'{speed:,.0f}' if row == 0 else f'{speed:,.0f}   ({speed / first:.1f}x)'
+            panel.annotate(text, (max(speeds[row]), row), xytext=(6, 0), textcoords='offset points', va='center',
+                           fontsize=10, fontweight='bold' if ways[row] == PROJECT else None)
+        panel.set_title(name, loc='left', fontsize=11)
+        panel.set(xlim=(0, 1.25 * max(map(max, speeds))), xticks=[])
+        panel.invert_yaxis()
+        panel.spines[['top', 'right', 'bottom']].set_visible(False)
+    return save_figure(figure, path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the table, write JSON and plot; returns the exit status."""
+    options = tyro.cli(Options, args=argv, prog='benchmarks/training_speed.py')
+    if options.table:
+        print(table(json.loads(options.table.read_text())))
+        return 0
+    try:
+        if unknown := [name for name in options.cases if name not in CASES]:
+            raise ValueError(f'cases must be of {"; ".join(CASES)}; got {unknown[0]!r}')
+        device = pick_device(options.device)
+        precision, reason = pick_precision(options.precision, device)
+        steps = options.steps or STEPS.get(device.type, STEPS['cpu'])
+        data = load_data(options, steps)
+    except ValueError as error:
+        print(f'training_speed: error: {error}', file=sys.stderr)
+        return 2
+    record = {'device': describe_device(device), 'torch': torch.__version__, 'torchvision': torchvision.__version__,
+              'source': data.source, 'precision': precision, 'reason': reason,
+              'fp32': 'fp32' if device.type == 'cpu' else 'fp32 (TF32 allowed)', 'batch_size': options.batch_size,
+              'steps': steps, 'repetitions': options.repetitions, 'epoch_images': ex3_convnet.Config().num_training,
+              'cases': {}}
+    path = options.results / f'{slug(record["device"])}.json'
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.cases:
+            start = time.perf_counter()
+            record['cases'][name] = measure(name, options, data, device, precision, Path(folder))
+            print(f'{name}: measured in {duration(time.perf_counter() - start)}', file=sys.stderr)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(record, indent=1) + '\n')
+    print(table(record))
+    print(f'\n{path}\n{plot(record, path.with_suffix(".png"))}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
