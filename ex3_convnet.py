@@ -33,12 +33,12 @@ class Config:
     num_training: int = 49000  # images to train on, of 50,000
     num_validation: int = 1000  # images to validate on, taken from the end; a fifth of the images at most
     results: Path = Path('results')  # folder of all plots, tables and weights
-    seeds: tuple[int, ...] = (0,)  # one run each; several give mean and standard deviation: 0 1 2
+    seeds: tuple[int, ...] = (0,)  # one run each; several give mean and deviation: 0 1 2 (Q2b sets its own)
 
     # Model
     input_size: int = 3  # channels of an image: red, green, blue
     num_classes: int = 10  # follows the data where that has another number
-    hidden_size: tuple[int, ...] = (128, 512, 512, 512, 512)  # filters of each block
+    hidden_size: tuple[int, ...] = (128, 512, 512, 512, 512)  # filters of each block (round brackets here)
     norm_layer: Literal['BN'] | None = None  # None or BN, batch norm (Q2a)
     dropout: float = 0.0  # p between the blocks, 0 to 0.9 (Q3b)
 
@@ -74,14 +74,10 @@ class Config:
     precision: Literal['auto', 'fp32', 'bf16'] = 'auto'  # auto: bf16 where it is faster, else fp32
 
 
-RANGES = {
-    'num_training': (1, 10**9), 'num_validation': (1, 10**9), 'seeds': (0, 2**31), 'input_size': (3, 3),
-    'num_classes': (2, 10**6), 'hidden_size': (1, 4096), 'dropout': (0, 0.95), 'num_epochs': (1, 10**5),
-    'batch_size': (1, 5000), 'learning_rate': (1e-9, 100), 'learning_rate_decay': (1e-3, 1), 'reg': (0, 10),
-    'warmup': (0, 0.9), 'label_smoothing': (0, 0.9), 'ema_decay': (0, 0.99999), 'patience': (1, 10**5), 'flip': (0, 1),
-    'crop_padding': (0, 31), 'degrees': (0, 180), 'translate': (0, 1), 'scale': (0, 0.9), 'shear': (0, 80),
-    'brightness': (0, 1), 'contrast': (0, 1), 'saturation': (0, 1), 'hue': (0, 0.5), 'greyscale': (0, 1),
-    'cutout': (0, 32),
+RANGES = experiment.RANGES | {
+    'input_size': (3, 3), 'hidden_size': (1, 4096), 'dropout': (0, 0.95), 'degrees': (0, 180), 'translate': (0, 1),
+    'scale': (0, 0.9), 'shear': (0, 80), 'brightness': (0, 1), 'contrast': (0, 1), 'saturation': (0, 1),
+    'hue': (0, 0.5), 'greyscale': (0, 1),
 }
 
 QUESTIONS = {
@@ -94,13 +90,13 @@ QUESTIONS = {
     'best': 'how far does this very network go?',
 }
 
-# One row a run: what differs from the constants above.
+# One row a run: what differs from the constants above. A row wins over an edited constant, the command line over both.
 FLIP, CROP = dict(flip=0.5), dict(crop_padding=4)
 AFFINE = dict(degrees=10, translate=0.1, scale=0.1, shear=5)
 JITTER = dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)
 GREY = dict(greyscale=0.2)
 Q2B = dict(num_epochs=50, seeds=(0, 1, 2))  # several repetitions
-Q3 = dict(norm_layer='BN', num_epochs=30)
+Q3 = dict(norm_layer='BN', num_epochs=30, **{key: 0 for key in (FLIP | CROP | AFFINE | JITTER | GREY)}, cutout=0)
 STRENGTHS = {
     'crop_padding': (2, 4, 8), 'degrees': (5, 15, 30), 'translate': (0.05, 0.1, 0.2),
     'jitter': (0.1, 0.3, 0.5),  # of brightness, contrast and saturation; a sixth of it of hue
@@ -132,6 +128,7 @@ def check(config: Config) -> None:
 
 
 def load_data(config: Config) -> cifar10.Data:
+    """The images of the constants `data`, `num_training` and `num_validation`; ValueError if they cannot be had."""
     return cifar10.load(config.data, config.data_root, config.num_training, config.num_validation)
 
 
@@ -154,6 +151,7 @@ def augmentations(config: Config) -> list:
 
 
 def make_model(config: Config, device: torch.device) -> nn.Module:
+    """The network, its weights channels last in memory, as convolutions like them best."""
     model = ConvNet(config.input_size, config.hidden_size, config.num_classes, config.norm_layer, config.dropout)
     return model.to(device, memory_format=torch.channels_last)
 
@@ -162,8 +160,7 @@ def build(config: Config, data: cifar10.Data) -> experiment.Task:
     """What one run trains and on what: only the training batches are augmented."""
     model = make_model(config, data.train.images.device)
     train = cifar10.Batches(data.train, config.batch_size, augmentations=augmentations(config))
-    evaluation = {'train': cifar10.Batches(data.train, 500), 'val': cifar10.Batches(data.val, 500),
-                  'test': cifar10.Batches(data.test, 500)}
+    evaluation = {part: cifar10.Batches(getattr(data, part)) for part in ('train', 'val', 'test')}
     return experiment.Task(model, [dict(params=list(model.parameters()))], train, evaluation)
 
 
@@ -235,8 +232,11 @@ def against_dropout(done: experiment.Experiment) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment of the constants and the command line; returns the exit status."""
-    return experiment.run(argv, script=Path(__file__).stem, constants=Config, experiments=EXPERIMENTS,
-                          questions=QUESTIONS, check=check, load_data=load_data, build=build, figures=figures)
+    return experiment.run(script(), argv)
+
+
+def script() -> experiment.Script:
+    return experiment.Script(Path(__file__).stem, Config, EXPERIMENTS, QUESTIONS, check, load_data, build, figures)
 
 
 if __name__ == '__main__':

@@ -25,7 +25,6 @@ from utils import VisualizeFilter, autocast, plot_bars
 __all__ = ['Config', 'EXPERIMENTS', 'VggModel', 'main']
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-EVALUATION_BATCH = 500
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Config:
     batch_size: int = 200  # images a step
     learning_rate: float = 1e-3  # at the start with decay, at the peak with one-cycle
     learning_rate_decay: float = 0.99  # factor an epoch, for schedule decay
-    backbone_scale: float = 1.0  # fine-tuned: factor on the learning rate of the pretrained layers
+    backbone_lr_scale: float = 1.0  # fine-tuned: factor on the learning rate of the pretrained layers
     reg: float = 0.0  # weight decay
     optimizer: Literal['Adam', 'SGD'] = 'Adam'  # SGD has Nesterov momentum 0.9
     schedule: Literal['decay', 'one-cycle'] = 'decay'  # one-cycle: up to learning_rate, then down to zero
@@ -71,13 +70,9 @@ class Config:
     precision: Literal['auto', 'fp32', 'bf16'] = 'auto'  # auto: bf16 where it is faster, else fp32
 
 
-RANGES = {
-    'num_training': (2, 10**9), 'num_validation': (1, 10**9), 'seeds': (0, 2**31), 'num_classes': (2, 10**6),
-    'layer_config': (1, 10**5), 'num_epochs': (1, 10**5),
-    'batch_size': (2, 5000),  # batch norm over one example has no variance
-    'learning_rate': (1e-9, 100), 'learning_rate_decay': (1e-3, 1), 'backbone_scale': (0, 100), 'reg': (0, 10),
-    'warmup': (0, 0.9), 'label_smoothing': (0, 0.9), 'ema_decay': (0, 0.99999), 'patience': (1, 10**5),
-    'flip': (0, 1), 'crop_padding': (0, 31), 'cutout': (0, 32),
+RANGES = experiment.RANGES | {
+    'layer_config': (1, 10**5), 'backbone_lr_scale': (0, 100),
+    'num_training': (2, 10**9), 'batch_size': (2, 5000),  # batch norm over one example has no variance
 }
 
 QUESTIONS = {
@@ -91,7 +86,7 @@ EXPERIMENTS = {
     'Q4a': {'frozen': dict(mode='frozen')},
     'Q4b': {'frozen': dict(mode='frozen'), 'fine-tuned': dict(mode='fine-tuned'), 'scratch': dict(mode='scratch')},
     'best': {'best': dict(
-        mode='fine-tuned', optimizer='SGD', schedule='one-cycle', learning_rate=0.05, backbone_scale=0.3, reg=5e-4,
+        mode='fine-tuned', optimizer='SGD', schedule='one-cycle', learning_rate=0.05, backbone_lr_scale=0.3, reg=5e-4,
         label_smoothing=0.1, ema_decay=0.99, crop_padding=4)},
 }
 
@@ -102,13 +97,18 @@ def check(config: Config) -> None:
     if config.layer_config[0] != 512:
         raise ValueError(f'layer_config must begin with 512, the features that the convolutions give, '
                          f'got {config.layer_config}')
+    if config.mode != 'scratch' and config.weights != 'imagenet' and not Path(config.weights).is_file():
+        raise ValueError(f"weights must be 'imagenet' or the path of a state dict, but there is no file "
+                         f'{config.weights}')
 
 
 def load_data(config: Config) -> cifar10.Data:
+    """The images of the constants `data`, `num_training` and `num_validation`; ValueError if they cannot be had."""
     return cifar10.load(config.data, config.data_root, config.num_training, config.num_validation)
 
 
 def make_model(config: Config, device: torch.device) -> VggModel:
+    """The network in one of its three modes, its weights channels last in memory."""
     model = VggModel(config.num_classes, fine_tune=config.mode != 'frozen', pretrained=config.mode != 'scratch',
                      layer_config=config.layer_config, weights=config.weights)
     return model.to(device, memory_format=torch.channels_last)
@@ -122,7 +122,7 @@ def build(config: Config, data: cifar10.Data) -> experiment.Task:
         raise experiment.NotRun(str(error)) from error
     groups = [dict(params=list(model.classifier.parameters()))]
     if config.mode != 'frozen':
-        scale = config.backbone_scale if config.mode == 'fine-tuned' else 1.0
+        scale = config.backbone_lr_scale if config.mode == 'fine-tuned' else 1.0
         groups.append(dict(params=list(model.features.parameters()), scale=scale))
     augmentations = [augmentation for strength, augmentation in (
         (config.flip, Flip(config.flip)), (config.crop_padding, Crop(config.crop_padding)),
@@ -130,14 +130,15 @@ def build(config: Config, data: cifar10.Data) -> experiment.Task:
     if config.mode == 'frozen' and not (config.crop_padding or config.cutout):
         features, seconds = cached_features(config.weights, config.precision, data)
         train = FeatureBatches(features['train'], config.batch_size, flip=config.flip)
-        evaluation = {part: FeatureBatches(split, EVALUATION_BATCH) for part, split in features.items()}
+        evaluation = {part: FeatureBatches(split) for part, split in features.items()}
         return experiment.Task(model, groups, train, evaluation, seconds)
     train = normalised(data.train, config.batch_size, augmentations)
-    evaluation = {part: normalised(getattr(data, part), EVALUATION_BATCH) for part in ('train', 'val', 'test')}
+    evaluation = {part: normalised(getattr(data, part)) for part in ('train', 'val', 'test')}
     return experiment.Task(model, groups, train, evaluation)
 
 
-def normalised(split: cifar10.Split, batch_size: int, augmentations: Sequence = ()) -> cifar10.Batches:
+def normalised(split: cifar10.Split, batch_size: int = 500, augmentations: Sequence = ()) -> cifar10.Batches:
+    """Batches with ImageNet's mean and standard deviation, as the pretrained layers expect them."""
     return cifar10.Batches(split, batch_size, mean=IMAGENET_MEAN, std=IMAGENET_STD, augmentations=augmentations)
 
 
@@ -145,9 +146,12 @@ def normalised(split: cifar10.Split, batch_size: int, augmentations: Sequence = 
 
 
 class FeatureBatches(cifar10.Batches):
-    """Batches of features: `split.images` is (N, 2, 512) float, of each image and of its mirror image."""
+    """Batches of features: `split.images` is (N, 2, 512) float, of each image and of its mirror image.
 
-    def __init__(self, split: cifar10.Split, batch_size: int, flip: float = 0.0):
+    Without the mirror image, (N, 1, 512), they are for evaluation only.
+    """
+
+    def __init__(self, split: cifar10.Split, batch_size: int = 500, flip: float = 0.0):
         super().__init__(split, batch_size)
         self.flip = flip
 
@@ -161,7 +165,7 @@ class FeatureBatches(cifar10.Batches):
 
 @lru_cache(maxsize=1)  # the seeds of one experiment share them
 def cached_features(weights: str, precision: str, data: cifar10.Data) -> tuple[dict[str, cifar10.Split], float]:
-    """('train', 'val', 'test' -> features (N, 2, 512) and labels, the seconds it took)."""
+    """('train' -> features (N, 2, 512) and labels, 'val' and 'test' -> (N, 1, 512), the seconds it took)."""
     start = time.perf_counter()
     device = data.train.images.device
     model = VggModel(2, fine_tune=False, weights=weights).to(device, memory_format=torch.channels_last).eval()
@@ -179,7 +183,7 @@ def cached_features(weights: str, precision: str, data: cifar10.Data) -> tuple[d
 @torch.no_grad()
 def extract(model: VggModel, split: cifar10.Split, precision: str, title: str) -> Tensor:
     """The (N, 512) float features of a split."""
-    batches = normalised(split, EVALUATION_BATCH)
+    batches = normalised(split)
     bar = tqdm(batches, f'features: {title}', disable=None, leave=False)
     with autocast(batches.device, precision):
         return torch.cat([model.extract(images).float() for images, _ in bar])
@@ -208,8 +212,11 @@ def figures(done: experiment.Experiment) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment of the constants and the command line; returns the exit status."""
-    return experiment.run(argv, script=Path(__file__).stem, constants=Config, experiments=EXPERIMENTS,
-                          questions=QUESTIONS, check=check, load_data=load_data, build=build, figures=figures)
+    return experiment.run(script(), argv)
+
+
+def script() -> experiment.Script:
+    return experiment.Script(Path(__file__).stem, Config, EXPERIMENTS, QUESTIONS, check, load_data, build, figures)
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 Shared by the two scripts, which say what the constants are, which runs are compared and what one run builds.
 """
 import csv
+import difflib
 import io
 import itertools
 import json
@@ -12,11 +13,12 @@ import signal
 import statistics
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -37,7 +39,16 @@ from training import (
 )
 from utils import PrintModelSize, describe_device, pick_device, pick_precision, plot_curves, write_atomically
 
-NOT_IDENTITY = ('results', 'seeds', 'device')  # constants that do not change what a run is
+# Constants that do not change what a run is. `data_root` only says where `data` was found: a moved clone goes on.
+NOT_IDENTITY = ('results', 'seeds', 'device', 'data_root')
+
+# Ranges of the constants that both scripts have, ends included.
+RANGES = {
+    'num_training': (1, 10**9), 'num_validation': (1, 10**9), 'seeds': (0, 2**31), 'num_classes': (2, 10**6),
+    'num_epochs': (1, 10**5), 'batch_size': (1, 5000), 'learning_rate': (1e-9, 100), 'learning_rate_decay': (1e-3, 1),
+    'reg': (0, 10), 'warmup': (0, 0.9), 'label_smoothing': (0, 0.9), 'ema_decay': (0, 0.99999), 'patience': (1, 10**5),
+    'flip': (0, 1), 'crop_padding': (0, 31), 'cutout': (0, 32),
+}
 
 
 class NotRun(Exception):
@@ -95,6 +106,11 @@ class Experiment:
     def run_folder(self, run: str, seed: int) -> Path:
         return self.folder / slug(run) / f'seed{seed}'
 
+    def finished(self) -> list[tuple[str, int]]:
+        """The (run, seed) that need not be done again."""
+        return [(run, int(path.parent.name.removeprefix('seed'))) for run in self.rows
+                for path in sorted(self.folder.glob(f'{slug(run)}/seed*/result.json'))]
+
     def statistic(self, column: str) -> tuple[list[float], list[float]]:
         """Mean and standard deviation over seeds, in percent, of an accuracy of `Result`: one value a trained run."""
         values = [[100 * accuracy for result in self.results
@@ -111,8 +127,19 @@ class Experiment:
         return model
 
 
-def run(argv: Sequence[str] | None, *, script: str, constants: type, experiments: dict[str, dict[str, dict]],
-        questions: dict[str, str], check: Callable, load_data: Callable, build: Callable, figures: Callable) -> int:
+class Script(NamedTuple):
+    """What a script brings along."""
+    name: str
+    constants: type  # a frozen dataclass, a field a constant
+    experiments: dict[str, dict[str, dict]]  # experiment -> run -> what differs from the constants
+    questions: dict[str, str]  # experiment -> what it asks
+    check: Callable[[Any], None]  # raises ValueError for constants that cannot be meant
+    load_data: Callable[[Any], Any]  # constants -> `Data`
+    build: Callable[[Any, Any], Task]  # constants, data -> what is trained; raises NotRun
+    figures: Callable[[Experiment], list[Path]]  # draws what the question asks to see
+
+
+def run(script: Script, argv: Sequence[str] | None) -> int:
     """Run the experiment that the constants and the command line name; returns the exit status.
 
     0: all runs finished; 1: a run diverged or could not be done; 2: wrong input; 130 or 143: interrupted.
@@ -121,7 +148,7 @@ def run(argv: Sequence[str] | None, *, script: str, constants: type, experiments
         if hasattr(sys.stdout, 'reconfigure'):
             sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once, too
         with _signals_as_exceptions():
-            return _run(argv, script, constants, experiments, questions, check, load_data, build, figures)
+            return _run(script, argv)
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT
         print('\nInterrupted. Nothing finished is lost: the same command continues.', file=sys.stderr)
@@ -134,36 +161,40 @@ def run(argv: Sequence[str] | None, *, script: str, constants: type, experiments
         if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or 'allocate memory' in str(error)):
             raise
         message = 'out of memory: lower the constant batch_size (for example to half), or close other programs'
-    print(f'{script}: error: {message}', file=sys.stderr)
+    print(f'{script.name}: error: {message}', file=sys.stderr)
     return 2
 
 
-def _run(argv, script, constants, experiments, questions, check, load_data, build, figures) -> int:
-    name, rows = parse(argv, script, constants, experiments, check)
+def _run(script: Script, argv: Sequence[str] | None) -> int:
+    name, rows = parse(script, argv)
     first = next(iter(rows.values()))
-    print(f'{name}: {questions[name]}')
+    print(f'{name}: {script.questions.get(name, "")}')
+    for run, differences in script.experiments[name].items():
+        print(f'  {run}: {", ".join(f"{key}={getattr(rows[run], key)!r}" for key in differences) or "the constants"}')
     device = pick_device(first.device)
-    rows, data = _resolve(rows, device, load_data)
+    rows, data = _resolve(rows, device, script.load_data)
     seeds = dict.fromkeys(seed for config in rows.values() for seed in config.seeds)
     jobs = [(run, seed) for seed in seeds for run, config in rows.items() if seed in config.seeds]
 
-    with _claimed_folder(Path(first.results) / script / name, rows, jobs) as folder:
+    with _claimed_folder(Path(first.results) / script.name / name, rows, jobs) as folder:
         sources = dict.fromkeys(each.source for each in data.values())
         sizes = dict.fromkeys(f'{len(each.train):,}' for each in data.values())
         title = f'{name} · {" / ".join(sources)}, {" / ".join(sizes)} training images'
         experiment = Experiment(title, folder, rows, data, device)
-        plots = []
+        jobs = [job for job in experiment.finished() if job not in jobs] + jobs  # seeds of earlier calls belong to it
         for i, (run, seed) in enumerate(jobs):
-            to_come = sum(rows[later].num_epochs for later, seed in jobs[i + 1:]
-                          if not (experiment.run_folder(later, seed) / 'result.json').exists())
-            result, history = _one_run(experiment, run, seed, build, to_come)
+            later = [job for job in jobs[i + 1:] if job not in experiment.finished()]
+            trained = (run, seed) not in experiment.finished()
+            result, history = _one_run(experiment, run, seed, script.build, later)
             experiment.results.append(result)
             if history.epochs:
                 experiment.histories.setdefault(run, []).append(history)
-            plots = _summarise(experiment)
+            if trained and later:
+                _summarise(experiment)
+        plots = _summarise(experiment)
         if experiment.histories:
-            plots += figures(experiment)
-    print(summary_table(experiment.results))
+            plots += script.figures(experiment)
+    print(summary(experiment))
     print('\n'.join(['', *map(str, [folder / 'summary.csv', *plots])]))
     failed = [result for result in experiment.results if result.status != 'finished']
     for result in failed:
@@ -200,29 +231,74 @@ def _introduce(data: Any, config: Any) -> None:
 # --- constants ----------------------------------------------------------------------------------------------
 
 
-def parse(argv: Sequence[str] | None, script: str, constants: type, experiments: dict[str, dict[str, dict]],
-          check: Callable) -> tuple[str, dict[str, Any]]:
+def parse(script: Script, argv: Sequence[str] | None) -> tuple[str, dict[str, Any]]:
     """(experiment's name, run -> its constants), all checked. Constants < row of the table < command line.
 
     Raises ValueError; options that do not exist or are of the wrong type end the program (tyro, exit status 2).
     """
     def read(row: dict) -> Any:
-        return tyro.cli(constants, args=argv, default=replace(constants(), **row), prog=f'{script}.py')
+        default = _typed(replace(script.constants(), **row))
+        return tyro.cli(script.constants, args=argv, default=default, prog=f'{script.name}.py')
 
     name = read({}).experiment
-    if name not in experiments:
-        raise ValueError(f'experiment must be one of {", ".join(experiments)}, got {name!r}')
-    table = experiments[name]
+    if name not in script.experiments:
+        raise ValueError(f'experiment must be one of {", ".join(script.experiments)}, got {name!r}')
+    table = script.experiments[name]
+    _check_table(name, table, {f.name for f in fields(script.constants)} - {'experiment', 'results', 'device'})
     rows = {run: read(row) for run, row in table.items()}
     for config in rows.values():
-        check(config)
+        script.check(config)
     for key in {key: None for row in table.values() for key in row}:
         compared = len({repr(row.get(key)) for row in table.values()}) > 1
         values = {repr(getattr(config, key)) for config in rows.values()}
-        if compared and len(values) == 1:
+        renamed = any(row.get(key) == run != getattr(rows[run], key) for run, row in table.items())
+        if renamed or compared and len(values) == 1:
             raise ValueError(f'{name} compares values of {key}, but the command line or the constants make it '
                              f'{values.pop()} in every run: leave {key} alone, or choose another experiment')
     return name, rows
+
+
+def _check_table(name: str, table: dict[str, dict], allowed: set[str]) -> None:
+    """Raise ValueError for a row that sets what is no constant of a run, and for runs that would share a folder."""
+    for run, row in table.items():
+        for key in row.keys() - allowed:
+            near = difflib.get_close_matches(key, sorted(allowed), n=1, cutoff=0.4)
+            raise ValueError(f'EXPERIMENTS[{name!r}][{run!r}] sets {key}, which is no constant of a run'
+                             + (f': did you mean {near[0]}?' if near else ''))
+    folders = Counter(slug(run).lower() for run in table)
+    if (shared := folders.most_common(1)) and shared[0][1] > 1:
+        raise ValueError(f'EXPERIMENTS[{name!r}] has {shared[0][1]} runs that would share the folder {shared[0][0]}: '
+                         f'give them names that differ more')
+
+
+def _typed(config: Any) -> Any:
+    """The constants as they were edited, lists as tuples; ValueError for one of a wrong type (tyro checks options)."""
+    kinds = get_type_hints(type(config))
+    config = replace(config, **{key: tuple(value) if isinstance(value, list) else Path(value) if kinds[key] is Path
+                                else value for key, value in vars(config).items()})
+    for key, value in vars(config).items():
+        if not _fits(value, kinds[key]):
+            choices = get_args(kinds[key])
+            wanted = (' or '.join(map(repr, choices)) if get_origin(kinds[key]) is Literal
+                      else getattr(kinds[key], '__name__', '') if not choices else str(kinds[key]))
+            raise ValueError(f'{key} must be {wanted}, got {value!r}')
+    return config
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value has the type that an annotation names."""
+    kinds = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in kinds
+    if get_origin(kind) is tuple:
+        fixed = kinds[-1] is not Ellipsis
+        return isinstance(value, tuple) and all(_fits(v, kinds[0]) for v in value) and not (
+            fixed and len(value) != len(kinds))
+    if kinds:  # A | B
+        return any(_fits(value, each) for each in kinds)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def check_ranges(config: Any, ranges: dict[str, tuple[float, float]]) -> None:
@@ -293,8 +369,8 @@ def _difference(folder: Path, identities: dict[str, dict]) -> str:
 
 
 def _one_run(experiment: Experiment, run: str, seed: int, build: Callable,
-             epochs_to_come: int) -> tuple[Result, History]:
-    """Train, or continue, or read what was finished before."""
+             later: Sequence[tuple[str, int]]) -> tuple[Result, History]:
+    """Train, or continue, or read what was finished before; `later` is what is still to be done afterwards."""
     config, data, folder = experiment.rows[run], experiment.data[run], experiment.run_folder(run, seed)
     title = f'{run}, seed {seed}'
     if (folder / 'result.json').exists():
@@ -323,7 +399,7 @@ def _one_run(experiment: Experiment, run: str, seed: int, build: Callable,
                   make_optimizer(config.optimizer, task.groups, config.learning_rate, config.reg), schedule,
                   num_epochs=config.num_epochs, seed=seed, folder=folder, precision=config.precision,
                   patience=config.patience, label_smoothing=config.label_smoothing, ema_decay=config.ema_decay,
-                  title=title, source=experiment.title, epochs_to_come=epochs_to_come)
+                  title=title, source=experiment.title, epochs_to_come=_epochs_to_come(experiment, config, later))
     result.epochs, result.seconds = len(history.epochs), task.seconds + sum(history['seconds'])
     if history.diverged:
         result.status = (f'diverged in {history.diverged}, where the loss was not a finite number: lower learning_rate '
@@ -343,6 +419,14 @@ def _one_run(experiment: Experiment, run: str, seed: int, build: Callable,
     write_atomically(folder / 'result.json', json.dumps(asdict(result), indent=1) + '\n')
     (folder / 'checkpoint.pt').unlink(missing_ok=True)
     return result, history
+
+
+def _epochs_to_come(experiment: Experiment, config: Any, later: Sequence[tuple[str, int]]) -> int:
+    """Epochs of the later runs, for the estimate of the time; 0 where theirs take another time than this run's."""
+    rows = [experiment.rows[run] for run, _ in later]
+    alike = all(getattr(row, key, None) == getattr(config, key, None)
+                for row in rows for key in ('mode', 'hidden_size'))
+    return sum(row.num_epochs for row in rows) if alike else 0
 
 
 def _read_finished(folder: Path, run: str, seed: int) -> tuple[Result, History]:
@@ -370,7 +454,7 @@ def _summarise(experiment: Experiment) -> list[Path]:
     writer.writeheader()
     writer.writerows(asdict(result) for result in experiment.results)
     write_atomically(experiment.folder / 'summary.csv', text.getvalue())
-    write_atomically(experiment.folder / 'summary.md', f'{experiment.title}\n\n{summary_table(experiment.results)}\n')
+    write_atomically(experiment.folder / 'summary.md', f'{experiment.title}\n\n{summary(experiment)}\n')
     if not experiment.histories:
         return []
     return [plot_curves(experiment.histories, experiment.folder / 'curves.png', experiment.title)]
@@ -396,6 +480,17 @@ def mean_std(values: Iterable[float | None], form: str = '.1f', scale: float = 1
         return '–'
     text = f'{statistics.mean(numbers):{form}}'
     return f'{text} ± {statistics.stdev(numbers):{form}}' if len(numbers) > 1 else text
+
+
+def summary(experiment: Experiment) -> str:
+    """The table, and how much of a difference is chance."""
+    text = summary_table(experiment.results)
+    accuracies = [result.best_val_accuracy for result in experiment.results if result.best_val_accuracy is not None]
+    if accuracies:
+        p, n = statistics.mean(accuracies), min(len(data.val) for data in experiment.data.values())
+        text += (f'\n\nAccuracies in percent. With {n:,} validation images, one standard error of a validation '
+                 f'accuracy is {100 * math.sqrt(p * (1 - p) / n):.1f} points.')
+    return text
 
 
 def summary_table(results: Sequence[Result]) -> str:

@@ -100,8 +100,7 @@ def one_cycle(learning_rate: float, num_epochs: int, warmup: float = 0.2) -> Cal
 def make_optimizer(name: str, groups: list[dict], learning_rate: float, reg: float) -> Optimizer:
     """'Adam' or 'SGD' (Nesterov momentum 0.9), weight decay `reg`.
 
-    groups: parameter groups with 'params', and optionally 'scale', a factor on the learning rate, and a
-    'weight_decay' of their own.
+    groups: parameter groups with 'params' and optionally 'scale', a factor on the learning rate.
     """
     device = groups[0]['params'][0].device
     on_cuda = device.type == 'cuda'  # there the step is one graph, and a graph reads its learning rate from a tensor
@@ -109,7 +108,9 @@ def make_optimizer(name: str, groups: list[dict], learning_rate: float, reg: flo
               for group in groups]
     if name == 'Adam':
         return torch.optim.Adam(groups, weight_decay=reg, fused=True, capturable=on_cuda)
-    return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=reg, fused=True)
+    if name == 'SGD':
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=reg, fused=True)
+    raise ValueError(f"optimizer must be 'Adam' or 'SGD', got {name!r}")
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
@@ -245,8 +246,9 @@ def fit(model: nn.Module, train, val, optimizer: Optimizer, schedule: Callable[[
         print(f'{title}: continues after epoch {len(history.epochs)}')
 
     def snapshot() -> dict:
-        return _clone({'model': model.state_dict(), 'judged': judged.state_dict(), 'optimizer': optimizer.state_dict(),
-                       'best': best, 'epochs': [asdict(epoch) for epoch in history.epochs]})
+        return {'best': best, 'epochs': [asdict(epoch) for epoch in history.epochs],
+                **_clone({'model': model.state_dict(), 'average': average and average.model.state_dict(),
+                          'optimizer': optimizer.state_dict()})}
 
     def save(state: dict) -> None:
         """Everything there is at the end of an epoch; the checkpoint last, as it is what a restart believes."""
@@ -297,6 +299,8 @@ def fit(model: nn.Module, train, val, optimizer: Optimizer, schedule: Callable[[
             if history.best.epoch == epoch:
                 best = _clone(judged.state_dict())
             if train.device.type != 'cpu':
+                bar.set_postfix_str(f'epoch {epoch}/{num_epochs}, loss {history.epochs[-1].train_loss:.3f}, '
+                                    f'accuracy {history.epochs[-1].train_accuracy:.1%}', refresh=False)
                 bar.update(images_an_epoch)
             _report(history, num_epochs, epochs_to_come, title)
             state = snapshot()
@@ -365,8 +369,12 @@ def load_tensors(path: Path, device: torch.device | str = 'cpu') -> dict:
 def _load_checkpoint(path: Path, model: nn.Module, judged: nn.Module, optimizer: Optimizer) -> tuple[dict, History]:
     with reading(path):
         state = load_tensors(path, next(model.parameters()).device)
-        model.load_state_dict(state['model'])
         judged.load_state_dict(state['best'])  # only to see that it fits, too
-        judged.load_state_dict(state['judged'])
+        if judged is not model:
+            judged.load_state_dict(state['average'])
+        model.load_state_dict(state['model'])
+        own = [{key: group[key] for key in ('lr', 'capturable') if key in group} for group in optimizer.param_groups]
         optimizer.load_state_dict(state['optimizer'])
+        for group, options in zip(optimizer.param_groups, own, strict=True):
+            group.update(options)  # how this device wants them: the checkpoint may come from another
         return state['best'], History([Epoch(**epoch) for epoch in state['epochs']])

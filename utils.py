@@ -205,28 +205,39 @@ def plot_curves(runs: Mapping[str, Sequence], path: Path, title: str) -> Path:
     figure.suptitle(f'{title}\ndashed: training, solid: validation, dot: best epoch', fontsize=11)
     panels = figure.subplots(1, 2)
     for color, (name, histories) in zip(_colors(len(runs)), runs.items(), strict=True):
-        epochs = range(1, 1 + min(len(history['epoch']) for history in histories))
-        curves = {f'{part}_{quantity}': scale * np.array([history[f'{part}_{quantity}'][:len(epochs)]
-                                                          for history in histories])  # (seeds, epochs)
+        epochs = range(1, 1 + max(len(history['epoch']) for history in histories))
+        curves = {f'{part}_{quantity}': _mean_std([scale * np.array(history[f'{part}_{quantity}'])
+                                                   for history in histories])
                   for part in ('train', 'val') for quantity, scale in (('loss', 1), ('accuracy', 100))}
-        best = histories[0].best.epoch - 1 if len(histories) == 1 else curves['val_accuracy'].mean(0).argmax()
+        best = histories[0].best.epoch - 1 if len(histories) == 1 else curves['val_accuracy'][0].argmax()
         for panel, quantity in zip(panels, ('loss', 'accuracy'), strict=True):
             for part, style in (('train', '--'), ('val', '-')):
-                mean, deviation = curves[f'{part}_{quantity}'].mean(0), curves[f'{part}_{quantity}'].std(0)
+                mean, deviation = curves[f'{part}_{quantity}']
                 panel.plot(epochs, mean, style, color=color, linewidth=1.6 if part == 'val' else 1.1,
                            marker='.' if len(epochs) == 1 else None, label=name if part == 'val' else None)
                 if len(histories) > 1:
                     panel.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)
-            panel.plot(epochs[best], curves[f'val_{quantity}'].mean(0)[best], 'o', color=color, markersize=6)
+            panel.plot(epochs[best], curves[f'val_{quantity}'][0][best], 'o', color=color, markersize=6)
     for panel, label in zip(panels, ('loss (cross entropy)', 'accuracy (%)'), strict=True):
         panel.set(xlabel='epoch', ylabel=label)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
-    panels[0].set_ylim(0, 1.05 * max(line.get_ydata()[line.get_ydata() < 5].max(initial=0.1)
-                                     for line in panels[0].get_lines()))  # one spike must not flatten all the rest
+    if losses := [history['train_loss'] for histories in runs.values() for history in histories]:
+        # Training and validation from the start, but one spike of a jumpy validation must not flatten all the rest.
+        top = panels[0].get_ylim()[1]
+        panels[0].set_ylim(0, min(top, 2 * max(map(max, losses))))
     if any(runs):
         panels[1].legend(loc='center left', bbox_to_anchor=(1.01, 0.5), fontsize=9)
     return save_figure(figure, path)
+
+
+def _mean_std(curves: Sequence[np.ndarray]) -> Statistic:
+    """Mean and sample standard deviation at each epoch, over the curves that go so far."""
+    table = np.full((len(curves), max(map(len, curves))), np.nan)
+    for row, curve in zip(table, curves, strict=True):
+        row[:len(curve)] = curve
+    mean, count = np.nanmean(table, 0), np.isfinite(table).sum(0)
+    return mean, np.sqrt(np.nansum((table - mean) ** 2, 0) / np.maximum(count - 1, 1))
 
 
 def plot_against(x: Sequence[float], series: Mapping[str, Statistic], path: Path, title: str, xlabel: str) -> Path:

@@ -15,9 +15,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -42,16 +43,12 @@ from experiment import slug
 from training import decay, duration, fit, make_optimizer, seed_everything
 from utils import describe_device, pick_device, pick_precision, save_figure, write_atomically
 
-try:
-    import resource
-except ImportError:  # Windows: the peak memory of a process is not shown there
-    resource = None
-
 STEPS = {'cpu': 3, 'cuda': 245}  # of one repetition; 245 are an epoch of 49,000 images
 REPETITIONS = 7
 WORKERS = (2, 4, 8)  # of which the fastest is shown
 MATRIX_SIDE = {'cpu': 2048, 'cuda': 8192}
-USUAL, PROJECT = 'usual script', 'this project'
+STATUS = Path('/proc/self/status')
+WAYS = USUAL, WITH_WORKERS, PROJECT = 'usual script', 'usual script, with workers', 'this project'
 
 
 class Case(NamedTuple):
@@ -188,23 +185,18 @@ def training_flops(model: nn.Module, inputs: Tensor) -> float:
 
 
 def seconds_per_call(function: Callable, device: torch.device, at_least: float = 0.3) -> float:
-    """Warmed up, and repeated until `at_least` seconds have passed."""
-    function()
+    """Of a function that is called until `at_least` seconds have passed."""
     calls, seconds = 1, 0.0
+    function()  # warm-up
     while seconds < at_least:
-        calls *= 4 if seconds else 1
-        synchronise(device)
+        calls *= 2
         start = time.perf_counter()
         for _ in range(calls):
             function()
-        synchronise(device)
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
     return seconds / calls
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
 
 
 def measure_ceiling(device: torch.device) -> dict[str, float]:
@@ -212,7 +204,7 @@ def measure_ceiling(device: torch.device) -> dict[str, float]:
 
     On CUDA the fp32 product may round its inputs to TF32, as PyTorch's convolutions do by default.
     """
-    side = MATRIX_SIDE.get(device.type, 2048)
+    side = MATRIX_SIDE.get(device.type, MATRIX_SIDE['cpu'])
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('high')
     ceiling = {}
@@ -258,125 +250,131 @@ def configure(case: Case, options: Options, data: cifar10.Data, precision: str, 
 
 def measure(name: str, options: Options, data: cifar10.Data, device: torch.device, precision: str,
             folder: Path) -> dict:
-    """One case: way -> images per second of each repetition, and the machine's ceiling at the same time."""
-    script = CASES[name].script
-    config = configure(CASES[name], options, data, precision, folder)
+    """One case: the ways in turns, and the machine's ceiling between them; as numbers, for JSON."""
+    case = CASES[name]
+    config = configure(case, options, data, precision, folder)
     ways, memory = {}, {}
-
-    def add(way: str, make: Callable, **options_of_way: int) -> float:
-        """Make a way, warm it up, note the memory that the device needs for it."""
+    for way, make in ((USUAL, usual), (PROJECT, project)):
         if device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
         seed_everything(0)
-        ways[way] = make(script, config, data, device, **options_of_way)
-        speed = ways[way].run()
+        ways[way] = make(case.script, config, data, device)
+        ways[way].run()  # warm-up
         if device.type == 'cuda':
             memory[way] = torch.cuda.max_memory_allocated(device) - before
-        return speed
-
-    add(USUAL, usual)
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'This DataLoader will create')  # more workers than cores: measured all the same
-        speeds = {workers: add(f'{USUAL}, {workers} workers', usual, workers=workers) for workers in WORKERS}
-    fastest = max(speeds, key=speeds.get)
-    ways = {way: ways[way] for way in (USUAL, f'{USUAL}, {fastest} workers')}  # the others' processes end here
-    add(PROJECT, project)
-    speeds, ceilings = {way: [] for way in ways}, []
+    workers, ways[WITH_WORKERS] = fastest_workers(lambda count: usual(case.script, config, data, device, count))
+    speeds, ceilings = {way: [] for way in WAYS}, []
     for _ in range(options.repetitions):
         ceilings.append(measure_ceiling(device))
-        for way in ways:
+        for way in WAYS:
             speeds[way].append(ways[way].run())
-    if device.type == 'cpu' and options.memory and resource:
-        memory = {way: in_a_process_of_its_own(peak_memory, name, way, options, precision, str(folder))
-                  for way in (USUAL, PROJECT)}
+    if device.type == 'cpu' and options.memory and STATUS.exists():
+        for way in (USUAL, PROJECT):
+            with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as fresh:
+                memory[way] = fresh.submit(growth, name, way, options, precision, folder).result()
     return {'ways': {way: {'images_per_second': speeds[way], 'flops_per_image': ways[way].flops,
-                           'precision': precision if way == PROJECT else 'fp32', 'peak_memory': memory.get(way)}
-                     for way in ways},
+                           'precision': precision if way == PROJECT else 'fp32', 'peak_memory': memory.get(way),
+                           'workers': workers if way == WITH_WORKERS else 0} for way in WAYS},
             'ceiling': {key: [ceiling[key] for ceiling in ceilings] for key in ceilings[0]},
             'features': ways[PROJECT].features}
 
 
-def peak_memory(name: str, way: str, options: Options, precision: str, folder: str) -> int:
-    """Bytes by which a fresh process grows, at its peak, when it makes a way and trains twice on every image."""
-    device = torch.device('cpu')
+def fastest_workers(make: Callable[[int], Way]) -> tuple[int, Way]:
+    """How many workers serve the usual script best, and that script with them."""
+    tried = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'This DataLoader will create')  # more than there are cores: they are tried
+        for count in WORKERS:
+            way = make(count)
+            way.run()  # starts them
+            tried.append((way.run(), count, way))
+    _, count, way = max(tried, key=lambda one: one[0])
+    return count, way
+
+
+def growth(name: str, way: str, options: Options, precision: str, folder: Path) -> int:
+    """For a fresh process: bytes by which its peak grows when it makes a way and trains twice on every image."""
     data = load_data(options, options.steps or STEPS['cpu'])
-    config = configure(CASES[name], options, data, precision, Path(folder))
-    unit = 1 if sys.platform == 'darwin' else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    made = (usual if way == USUAL else project)(CASES[name].script, config, data, device)
+    config = configure(CASES[name], options, data, precision, folder)
+    before = peak_resident_memory()
+    made = (usual if way == USUAL else project)(CASES[name].script, config, data, torch.device('cpu'))
     made.run()
     made.run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+    return peak_resident_memory() - before
 
 
-def in_a_process_of_its_own(function: Callable, *arguments: Any) -> Any:
-    with multiprocessing.get_context('spawn').Pool(1) as pool:
-        return pool.apply(function, arguments)
+def peak_resident_memory() -> int:
+    """Bytes, of this process since it began; Linux only."""
+    return next(1024 * int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith('VmHWM'))
 
 
 # --- showing ------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Spread:
-    """The median of some repetitions, the smallest and the largest."""
-    values: list[float] = field(repr=False)
-
-    def __format__(self, form: str) -> str:
-        if len(self.values) == 1:
-            return format(self.values[0], form)
-        return f'{median(self.values):{form}} ({min(self.values):{form}}–{max(self.values):{form}})'
+def spread(values: Sequence[float], form: str) -> str:
+    """'63.1 (62.0–64.2)': the median, the smallest and the largest."""
+    if len(values) == 1:
+        return format(values[0], form)
+    return f'{median(values):{form}} ({min(values):{form}}–{max(values):{form}})'
 
 
-def pairs(numerator: Iterable[float], denominator: Iterable[float]) -> list[float]:
-    """Ratios within each repetition: what changes from one to the next cancels."""
-    return [a / b for a, b in zip(numerator, denominator, strict=True)]
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """Within each repetition: what changes from one to the next cancels."""
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 
-def utilisation(case: dict, way: str) -> list[float]:
+def utilisation(case: dict, way: str) -> float:
     """Model FLOP utilisation: the FLOP/s of a way over those of a matrix product in the same precision."""
     one = case['ways'][way]
-    return pairs([speed * one['flops_per_image'] for speed in one['images_per_second']],
-                 case['ceiling'][one['precision']])
+    return one['flops_per_image'] * median(ratios(one['images_per_second'], case['ceiling'][one['precision']]))
 
 
 def table(record: dict) -> str:
-    """The results as Markdown."""
-    head = ['', USUAL, 'with workers', PROJECT, 'ratio', 'ratio to workers', 'of the ceiling: usual', 'project',
-            'epoch', 'at the ceiling', 'peak memory: usual', 'project']
-    lines, notes = [head, ['---', *['---:'] * (len(head) - 1)]], []
+    """The results as Markdown: the speeds, what limits them, the conditions."""
+    speeds = [['images per second', USUAL, 'with workers', PROJECT, 'ratio', 'ratio to workers']]
+    limits = [['', 'FLOP an image', 'of the ceiling: usual', 'project', 'epoch: usual', 'project', 'at the ceiling',
+               'peak memory: usual', 'project']]
+    notes = []
     for name, case in record['cases'].items():
-        plain, workers, ours = case['ways']  # in this order
-        speeds = {way: one['images_per_second'] for way, one in case['ways'].items()}
-        epoch = record['epoch_images'] / median(speeds[ours])
-        lines.append([
-            name, f'{Spread(speeds[plain]):,.0f}', f'{Spread(speeds[workers]):,.0f} with {workers.split()[-2]}',
-            f'**{Spread(speeds[ours]):,.0f}**', f'**{Spread(pairs(speeds[ours], speeds[plain])):.2f}**',
-            f'{Spread(pairs(speeds[ours], speeds[workers])):.2f}',
-            f'{median(utilisation(case, plain)):.1%}', f'{median(utilisation(case, ours)):.1%}',
-            f'{epoch:,.1f} s', f'{epoch * median(utilisation(case, ours)):,.1f} s',
-            *('–' if (bytes_ := case['ways'][way]['peak_memory']) is None else f'{bytes_ / 1e6:,.0f} MB'
-              for way in (plain, ours))])
+        plain, workers, ours = (case['ways'][way] for way in WAYS)
+        epoch = {way: record['epoch_images'] / median(one['images_per_second']) for way, one in case['ways'].items()}
+        speeds.append([
+            name, spread(plain['images_per_second'], ',.0f'),
+            f'{spread(workers["images_per_second"], ",.0f")}, {workers["workers"]} workers',
+            f'**{spread(ours["images_per_second"], ",.0f")}**',
+            *(f'**{spread(ratios(ours["images_per_second"], other["images_per_second"]), ".2f")}**'
+              for other in (plain, workers))])
+        limits.append([
+            name, f'{ours["flops_per_image"]:.3g}', *(f'{utilisation(case, way):.1%}' for way in (USUAL, PROJECT)),
+            *(f'{seconds:,.1f} s' for seconds in (epoch[USUAL], epoch[PROJECT],
+                                                  epoch[PROJECT] * utilisation(case, PROJECT))),
+            *('–' if one['peak_memory'] is None else f'{one["peak_memory"] / 1e6:,.0f} MB' for one in (plain, ours))])
         if features := case['features']:
             rate = features['images'] / features['seconds']
             once = (2 * record['epoch_images'] + 11_000) / rate
-            total, before = once + 30 * epoch, 30 * record['epoch_images'] / median(speeds[plain])
             notes.append(
-                f'- {name}: the project trains on features that are made once, at {rate:,.0f} images/s: '
-                f'{duration(once)} for the training images, their mirror images, 1,000 validation and 10,000 test images. '
-                f'30 epochs with it: {duration(total)}, against {duration(before)} ({before / total:.1f} times as long).')
-    ceilings = {key: Spread([value / 1e9 for case in record['cases'].values() for value in case['ceiling'][key]])
-                for key in ('fp32', 'bf16', 'copy')}
+                f'- {name}: the project trains on features that are made once, {rate:,.0f} images/s. For the training '
+                f'images, their mirror images, 1,000 validation and 10,000 test images that is {duration(once)}; '
+                f'30 epochs and the features are {duration(once + 30 * epoch[PROJECT])}, 30 epochs of the usual '
+                f'script {duration(30 * epoch[USUAL])}.')
+    ceiling = {key: spread([value / 1e9 for case in record['cases'].values() for value in case['ceiling'][key]], ',.0f')
+               for key in ('fp32', 'bf16', 'copy')}
     return '\n'.join([
-        *('| ' + ' | '.join(line) + ' |' for line in lines), '',
-        f'Images per second: median (smallest–largest) of {record["repetitions"]} repetitions of {record["steps"]} steps '
-        f'of {record["batch_size"]} images, in turns; ratios are those of pairs of turns. An epoch is '
-        f'{record["epoch_images"]:,} images.', '',
+        markdown(speeds), '', markdown(limits), '',
+        f'Median (smallest–largest) of {record["repetitions"]} repetitions of {record["steps"]} steps of '
+        f'{record["batch_size"]} images, in turns; ratios within each turn; an epoch is {record["epoch_images"]:,} '
+        f'images.', '',
         f'- {record["device"]}; torch {record["torch"]}, torchvision {record["torchvision"]}; {record["source"]}; '
         f'the project in {record["precision"]} ({record["reason"]}).',
-        f'- The ceiling: a matrix product does {ceilings["fp32"]:,.0f} GFLOP/s in {record["fp32"]} and '
-        f'{ceilings["bf16"]:,.0f} in bf16; a copy moves {ceilings["copy"]:,.0f} GB/s.', *notes])
+        f'- Ceiling: a matrix product does {ceiling["fp32"]} GFLOP/s in {record["fp32"]} and {ceiling["bf16"]} in '
+        f'bf16; a copy moves {ceiling["copy"]} GB/s.', *notes])
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table, its first row the head."""
+    rows = [rows[0], ['---', *['---:'] * (len(rows[0]) - 1)], *rows[1:]]
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
 
 
 def plot(record: dict, path: Path) -> Path:
@@ -386,17 +384,15 @@ def plot(record: dict, path: Path) -> Path:
     figure.suptitle(f'Images trained on per second · {record["device"]}', fontsize=12)
     panels = figure.subplots(len(cases), 1, squeeze=False)[:, 0]
     for panel, (name, case) in zip(panels, cases.items(), strict=True):
-        ways = list(case['ways'])
-        speeds = [case['ways'][way]['images_per_second'] for way in ways]
+        speeds = [case['ways'][way]['images_per_second'] for way in WAYS]
         middle = [median(values) for values in speeds]
-        below, above = zip(*[(m - min(v), max(v) - m) for m, v in zip(middle, speeds, strict=True)], strict=True)
-        panel.barh(ways, middle, xerr=[below, above], color=['#b8b8b8', '#8c8c8c', 'tab:blue'], height=0.75,
-                   error_kw=dict(capsize=3, linewidth=1))
-        first = middle[0]
-        for row, speed in enumerate(middle):
-            text = f'{speed:,.0f}' if row == 0 else f'{speed:,.0f}   ({speed / first:.1f}x)'
+        reach = [[m - min(v) for m, v in zip(middle, speeds, strict=True)],
+                 [max(v) - m for m, v in zip(middle, speeds, strict=True)]]
+        panel.barh(WAYS, middle, xerr=reach, color=['#b8b8b8', '#8c8c8c', 'tab:blue'], height=0.75, capsize=3)
+        for row, (way, speed) in enumerate(zip(WAYS, middle, strict=True)):
+            text = f'{speed:,.0f}' + (f'   ({speed / middle[0]:.1f}x)' if row else '')
             panel.annotate(text, (max(speeds[row]), row), xytext=(6, 0), textcoords='offset points', va='center',
-                           fontsize=10, fontweight='bold' if ways[row] == PROJECT else None)
+                           fontweight='bold' if way == PROJECT else None)
         panel.set_title(name, loc='left', fontsize=11)
         panel.set(xlim=(0, 1.25 * max(map(max, speeds))), xticks=[])
         panel.invert_yaxis()

@@ -100,8 +100,8 @@ def affine(images: Tensor, angle: Tensor, translate_x: Tensor, translate_y: Tens
 class Cutout:
     """(B, 3, H, W) float in [0, 1] -> same, with one square of each image erased (DeVries & Taylor 2017).
 
-    Erased is 0.5, which the normalisation turns into 0. Any pixel can be the centre of the size x size
-    square, so it may stick out over the edge of the image.
+    Erased is mid-grey, 0.5: with mean 0.5 the normalisation turns it into 0. Any pixel can be the centre of
+    the size x size square, so it may stick out over the edge of the image.
     """
     size: int = 8
 

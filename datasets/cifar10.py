@@ -145,7 +145,8 @@ def _list_images(folder: Path) -> dict[str, list[Path]]:
     """Class -> its image files, both sorted."""
     if not folder.is_dir():
         raise ValueError(f'an image folder holds train/<class>/* and test/<class>/*, but there is no folder {folder}')
-    classes = {path.name: sorted(file for file in path.iterdir() if file.suffix.lower() in ('.png', '.jpg', '.jpeg'))
+    classes = {path.name: sorted(file for file in path.iterdir()
+                                 if file.suffix.lower() in ('.png', '.jpg', '.jpeg') and file.name[0] != '.')
                for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith('.')}
     if not classes:
         raise ValueError(f'{folder} holds no class folders: put the images into {folder}/<class>/')
@@ -196,7 +197,7 @@ class Batches:
     mean, std: of the normalisation, one number or one a channel.
     """
 
-    def __init__(self, split: Split, batch_size: int, *, mean: float | Sequence[float] = 0.5,
+    def __init__(self, split: Split, batch_size: int = 500, *, mean: float | Sequence[float] = 0.5,
                  std: float | Sequence[float] = 0.5, augmentations: Sequence = ()):
         self.split = split
         self.batch_size = min(batch_size, len(split))

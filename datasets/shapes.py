@@ -25,7 +25,7 @@ def ring(x: Tensor, y: Tensor) -> Tensor:
 
 
 def crescent(x: Tensor, y: Tensor) -> Tensor:
-    return torch.maximum(torch.hypot(x, y) - 1, 0.8 - torch.hypot(x - 0.55, y))  # a disc less a disc
+    return torch.maximum(torch.hypot(x, y) - 1, 0.8 - torch.hypot(x, y - 0.55))  # a disc less a disc
 
 
 def square(x: Tensor, y: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def heart(x: Tensor, y: Tensor) -> Tensor:
 def star(x: Tensor, y: Tensor) -> Tensor:
     # fold the plane into one tenth of the star, from the tip at (1, 0) to the notch: there it is a half-plane
     tenth = math.pi / 5
-    angle = (torch.remainder(torch.atan2(y, x), 2 * tenth) - tenth).abs()
+    angle = (torch.remainder(torch.atan2(x, y), 2 * tenth) - tenth).abs()
     x, y = torch.hypot(x, y) * torch.cos(tenth - angle), torch.hypot(x, y) * torch.sin(tenth - angle)
     notch_x, notch_y = 0.45 * math.cos(tenth), 0.45 * math.sin(tenth)
     return ((x - 1) * notch_y + y * (1 - notch_x)) / math.hypot(notch_y, 1 - notch_x)
@@ -98,7 +98,7 @@ def draw(labels: Tensor, generator: torch.Generator) -> Tensor:
         """Each pixel's position, in pixels, seen from a random point near the middle of its image."""
         pixel = torch.arange(SIDE) - (SIDE - 1) / 2
         return (pixel - uniform(-spread, spread, 1, 1)).expand(n, SIDE, SIDE), \
-            (pixel[:, None] - uniform(-spread, spread, 1, 1)).expand(n, SIDE, SIDE)
+            (-pixel[:, None] - uniform(-spread, spread, 1, 1)).expand(n, SIDE, SIDE)
 
     def paint(image: Tensor, colour: Tensor, distance: Tensor) -> Tensor:
         coverage = (0.5 - distance).clamp(0, 1)[:, None]  # of each pixel: antialiasing

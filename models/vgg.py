@@ -1,9 +1,9 @@
 """VGG11 with batch norm for transfer learning (question 4; Simonyan and Zisserman, 2014)."""
 import hashlib
+import socket
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
@@ -104,10 +104,13 @@ def _imagenet_file() -> Path:
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            socket.setdefaulttimeout(10)  # a network that answers nothing is given up
             torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
-        except (URLError, OSError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             raise WeightsUnavailable(f'the ImageNet weights could not be downloaded ({error}). Fetch {url} and put '
                                      f'it, named {name}, into {path.parent}; or name a file with --weights') from error
+        finally:
+            socket.setdefaulttimeout(None)
     with path.open('rb') as file:
         found = hashlib.file_digest(file, 'sha256').hexdigest()
     if not found.startswith(digest):

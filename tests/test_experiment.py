@@ -9,7 +9,7 @@ from filelock import FileLock
 
 import experiment
 from datasets import cifar10
-from ex3_convnet import EXPERIMENTS, QUESTIONS, RANGES, Config, check, main
+from ex3_convnet import EXPERIMENTS, QUESTIONS, RANGES, Config, main, script
 from experiment import Result, mean_std, parse, read_summary, slug, summary_table
 from models.convnet import ConvNet
 
@@ -27,7 +27,7 @@ def run(tmp_path, capsys):
 
 
 def parse_convnet(*options):
-    return parse(list(options), 'ex3_convnet', Config, EXPERIMENTS, check)
+    return parse(script(), list(options))
 
 
 # --- constants ----------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def test_an_experiment_writes_all_it_promises(run, tmp_path):
     for text in ('60 training, 20 validation and 1,000 test images', 'precision: fp32', '| batch norm', str(folder)):
         assert text in out
     config = json.loads((folder / 'plain' / 'seed0' / 'config.json').read_text())
-    assert config.keys() == set(Config.__annotations__) - {'results', 'seeds', 'device'}
+    assert config.keys() == set(Config.__annotations__) - {'results', 'seeds', 'device', 'data_root'}
     assert (config['data'], config['precision'], config['num_epochs']) == ('shapes', 'fp32', 2)
 
 
@@ -212,3 +212,36 @@ def test_rows_may_differ_in_their_data(run, tmp_path, monkeypatch):
     assert main([*arguments, '--results', str(tmp_path), '--experiment', 'Q2a', '--num-epochs', '1']) == 0
     results = read_summary(tmp_path / 'ex3_convnet' / 'Q2a' / 'summary.csv')
     assert [result.training_images for result in results] == [40, 60]
+
+
+# --- edited constants and tables ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('edit, message', [
+    (dict(optimizer='AdamW'), "optimizer must be 'Adam' or 'SGD', got 'AdamW'"), (dict(schedule='cosine'), 'schedule'),
+    (dict(num_epochs=2.5), 'num_epochs must be int, got 2.5'), (dict(seeds=0), 'seeds'), (dict(flip='yes'), 'flip'),
+    (dict(dropout=True), 'dropout'), (dict(norm='BN'), 'did you mean norm_layer'), (dict(device='cpu'), 'device')])
+def test_a_row_that_cannot_be_meant_is_named(run, tmp_path, monkeypatch, edit, message):
+    monkeypatch.setitem(EXPERIMENTS, 'Q1', {'ConvNet': edit})
+    status, _, errors = run()
+    assert status == 2 and message in errors and errors.count('\n') == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_a_list_is_as_good_as_a_tuple_and_a_new_experiment_needs_no_question(run, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, 'mine', {'small': dict(hidden_size=[4, 4])})
+    arguments = [option for option in TINY if option not in ('--hidden-size', '4')]
+    rows = parse(script(), [*arguments, '--experiment', 'mine'])[1]
+    assert rows['small'].hidden_size == (4, 4)
+    assert run('--experiment', 'mine', '--num-epochs', '1')[0] == 0
+
+
+def test_runs_that_would_share_a_folder_are_refused(run, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, 'Q1', {'a + b': {}, 'A+B': dict(norm_layer='BN')})
+    status, _, errors = run()
+    assert status == 2 and 'a+b' in errors
+
+
+def test_seeds_added_one_by_one_are_all_in_the_summary(run, tmp_path):
+    for seed in ('0', '2', '1'):
+        assert run('--num-epochs', '1', '--seeds', seed)[0] == 0
+    assert sorted(r.seed for r in read_summary(tmp_path / 'ex3_convnet' / 'Q1' / 'summary.csv')) == [0, 1, 2]

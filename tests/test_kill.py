@@ -23,7 +23,8 @@ import experiment
 import training
 import utils
 
-OPTIONS = [*TINY, *TINY_NET, '--experiment', 'Q2b', '--seeds', '0', '--ema-decay', '0.5', '--dropout', '0.1', '--flip', '0.5']
+OPTIONS = [*TINY, *TINY_NET, '--experiment', 'Q2b', '--seeds', '0', '--ema-decay', '0.5', '--dropout', '0.1',
+           '--flip', '0.5']
 EPOCHS = 6  # two runs of three
 
 # What a training is doing, as far as a kill is concerned: the calls that the child announces.

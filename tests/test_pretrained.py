@@ -118,7 +118,7 @@ def test_other_augmentation_runs_the_backbone_live(weights, data):
 
 
 def test_the_backbone_can_learn_more_slowly_than_the_head(weights, data):
-    groups = build(Config(mode='fine-tuned', weights=str(weights), backbone_scale=0.1), data).groups
+    groups = build(Config(mode='fine-tuned', weights=str(weights), backbone_lr_scale=0.1), data).groups
     assert [group.get('scale', 1.0) for group in groups] == [1.0, 0.1]
     assert sum(p.numel() for group in groups for p in group['params']) == 9_360_394
 

@@ -286,3 +286,17 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_was_good(tmp_path,
 @pytest.mark.parametrize('seconds, text', [(8.04, '8 s'), (90, '90 s'), (305, '5 min'), (5300, '1 h 28 min')])
 def test_durations_are_written_for_people(seconds, text):
     assert training.duration(seconds) == text
+
+
+def test_a_checkpoint_of_another_device_does_not_bring_its_kind_of_learning_rate(tmp_path, monkeypatch):
+    """On CUDA the learning rate is a tensor, which a graph reads; a run may go on where it was not begun."""
+    make_run(tmp_path, num_epochs=1)
+    model = ConvNet(3, [4] * 5, 4, 'BN')
+    optimizer = make_optimizer('SGD', [dict(params=list(model.parameters()))], 1e-3, 0)
+    state = {'model': model.state_dict(), 'best': model.state_dict(), 'average': None, 'epochs': [],
+             'optimizer': optimizer.state_dict()}
+    training.save_tensors(state, tmp_path / 'checkpoint.pt')
+    optimizer.param_groups[0]['lr'] = torch.tensor(0.5)
+    training._load_checkpoint(tmp_path / 'checkpoint.pt', model, model, optimizer)
+    training.set_learning_rate(optimizer, 0.25)
+    assert isinstance(optimizer.param_groups[0]['lr'], torch.Tensor) and optimizer.param_groups[0]['lr'] == 0.25
