@@ -104,12 +104,14 @@ def draw(labels: Tensor, generator: torch.Generator) -> Tensor:
         coverage = (0.5 - distance).clamp(0, 1)[:, None]  # of each pixel: antialiasing
         return image + coverage * (colour - image)
 
-    background = uniform(0, 1, 3, 1, 1)
-    # every channel moves towards the far end of its range: some contrast is always there, often little
-    foreground = background + torch.where(background < 0.5, 1, -1) * uniform(0.15, 0.6, 3, 1, 1)
-    image = background + 0.2 * clouds(2) + 0.15 * clouds(6)
+    colour = uniform(0.2, 0.5, 3, 1, 1)
+    foreground = colour + uniform(0.2, 0.5, 3, 1, 1)  # brighter: some contrast is always there, often little
+    # The background's hue hints at the class, as sky and grass do in photographs: something to learn at once.
+    place = (labels[:, None] / len(SHAPES) - torch.arange(3) / 3)[:, :, None, None]  # on the circle of hues
+    background = colour + 0.3 * torch.cos(2 * math.pi * place)
+    image = background + 0.12 * clouds(2) + 0.12 * clouds(6)
 
-    size, angle = uniform(8, 13, 1, 1), uniform(0, 2 * math.pi, 1, 1)
+    size, angle = uniform(8, 13, 1, 1), uniform(-0.3, 0.3, 1, 1)
     x, y = offsets(spread=4)
     x, y = (x * angle.cos() + y * angle.sin()) / size, (y * angle.cos() - x * angle.sin()) / size
     distance = torch.empty(n, SIDE, SIDE)
