@@ -188,7 +188,7 @@ def filters(done: experiment.Experiment) -> Path:
     before = make_model(done.rows[run], done.device)
     after = done.load(make_model(done.rows[run], done.device), run, seed)
     path = done.folder / 'filters.png'
-    VisualizeFilter(after, path, before=before, title=f'Filters of the first layer · {done.title}')
+    VisualizeFilter(after, path, before=before, title=done.title)
     return path
 
 

@@ -206,7 +206,7 @@ def figures(done: experiment.Experiment) -> list[Path]:
         models[run] = done.load(model, run, seed)
     paths.append(done.folder / 'filters.png')
     VisualizeFilter(models[runs[-1]], paths[-1], before=models[runs[0]] if len(models) > 1 else None,
-                    titles=list(models), title=f'Filters of the first layer · {done.title}')
+                    titles=list(models), title=done.title)
     return paths
 
 

@@ -108,8 +108,9 @@ class Experiment:
 
     def finished(self) -> list[tuple[str, int]]:
         """The (run, seed) that need not be done again."""
-        return [(run, int(path.parent.name.removeprefix('seed'))) for run in self.rows
-                for path in sorted(self.folder.glob(f'{slug(run)}/seed*/result.json'))]
+        return [(run, int(seed)) for run in self.rows
+                for path in sorted(self.folder.glob(f'{slug(run)}/seed*/result.json'))
+                if (seed := path.parent.name.removeprefix('seed')).isdecimal()]  # and no 'seed0 copy'
 
     def statistic(self, column: str) -> tuple[list[float], list[float]]:
         """Mean and standard deviation over seeds, in percent, of an accuracy of `Result`: one value a trained run."""

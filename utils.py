@@ -160,8 +160,8 @@ def VisualizeFilter(model: nn.Module, path: str | Path | None = None, *, before:
     images = [_tile(f / (2 * limit) + 0.5) for f in filters]
     if path is not None:
         height, width, _ = images[0].shape
-        figure = Figure(figsize=(6 * len(images), 6 * height / width + 1), layout='constrained')
-        figure.suptitle(title)
+        figure = Figure(figsize=(7 * len(images), 7 * height / width + 1.2), layout='constrained')
+        figure.suptitle(f'Filters of the first layer\n{title}', fontsize=11)
         panels = figure.subplots(1, len(images), squeeze=False)[0]
         for panel, image, name in zip(panels, images, titles if before is not None else [''], strict=True):
             panel.imshow(image, interpolation='nearest')

@@ -14,7 +14,8 @@ SIDE = 32  # pixels, as in CIFAR-10
 CHUNK = 500  # images drawn at once: some 25 MB of float32, whatever n is
 
 
-# Signed distances: x, y (B, 32, 32) in the shape's own frame -> (B, 32, 32). Every shape about fills the unit circle.
+# Signed distances: x, y (B, 32, 32) in the shape's own frame -> (B, 32, 32).
+# Every shape about fills the unit circle.
 
 def circle(x: Tensor, y: Tensor) -> Tensor:
     return torch.hypot(x, y) - 0.9
@@ -33,7 +34,7 @@ def square(x: Tensor, y: Tensor) -> Tensor:
 
 
 def triangle(x: Tensor, y: Tensor) -> Tensor:
-    return torch.maximum(x.abs() * math.sqrt(0.75) + y / 2, -y) - 0.55  # x.abs(): one half-plane for two sides
+    return torch.maximum(x.abs() * math.sqrt(0.75) + y / 2, -y) - 0.55  # by x.abs() one half-plane is two sides
 
 
 def cross(x: Tensor, y: Tensor) -> Tensor:
@@ -43,7 +44,8 @@ def cross(x: Tensor, y: Tensor) -> Tensor:
 
 def heart(x: Tensor, y: Tensor) -> Tensor:
     x, y = x.abs() / 0.8, y / 0.8 + 0.2  # a square on its corner, and a half-disc on each of two of its sides
-    return 0.8 * torch.minimum((x + y.abs() - 1) / math.sqrt(2), torch.hypot(x - 0.5, y - 0.5) - math.sqrt(0.5))
+    corner, half_disc = (x + y.abs() - 1) / math.sqrt(2), torch.hypot(x - 0.5, y - 0.5) - math.sqrt(0.5)
+    return 0.8 * torch.minimum(corner, half_disc)
 
 
 def star(x: Tensor, y: Tensor) -> Tensor:

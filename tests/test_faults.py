@@ -263,13 +263,23 @@ def test_a_damaged_checkpoint_is_named_and_nothing_else_is_lost(tmp_path, unfini
 
 @pytest.mark.parametrize('name, damage', [
     *itertools.product(['config.json', 'history.csv', 'result.json'], DAMAGES),
-    *itertools.product(['best.pt'], TENSOR_DAMAGES), ('best.pt', 'missing'), ('history.csv', 'missing')])
+    *itertools.product(['best.pt'], TENSOR_DAMAGES), ('best.pt', 'missing'), ('history.csv', 'missing'),
+    ('result.json', 'another type')])
 def test_a_damaged_file_of_a_finished_run_is_named_and_nothing_else_is_lost(tmp_path, whole, capsys, name, damage):
     results = shutil.copytree(whole, tmp_path / 'results')
-    (TENSOR_DAMAGES | {'missing': Path.unlink})[damage](results / RUN / name)
+    another_type = rewrite(lambda content: content.replace(b'"finished"', b'5'))
+    (TENSOR_DAMAGES | {'missing': Path.unlink, 'another type': another_type})[damage](results / RUN / name)
     before = contents(results)
     assert_refused(convnet(results), capsys, results / RUN, name, f'delete {results / RUN} to train')
     assert contents(results) == before
+
+
+def test_a_copy_of_a_runs_folder_beside_it_is_left_alone(tmp_path, whole):
+    results = shutil.copytree(whole, tmp_path / 'results')
+    shutil.copytree(results / RUN, (results / RUN).with_name('seed0 copy'))
+    assert convnet(results) == 0
+    shutil.rmtree((results / RUN).with_name('seed0 copy'))
+    assert_same_outcome(results, whole)
 
 
 @pytest.mark.parametrize('kind', ['malicious', 'malicious, old format', 'malicious pickle'])
@@ -441,7 +451,8 @@ def test_divergence_ends_its_run_and_the_others_go_on(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.filterwarnings('error')
-@pytest.mark.parametrize('name, steps', [('Q1', [1]), ('Q1', [15]), ('Q1', [1, 2]), ('Q2b', [1, 2]), ('Q2b', [15, 16])])
+@pytest.mark.parametrize('name, steps', [  # ten steps an epoch
+    ('Q1', [1]), ('Q1', [15]), ('Q1', [1, 11]), ('Q2b', [1, 11]), ('Q2b', [15, 21])])
 def test_divergence_of_any_runs_in_any_epoch_leaves_a_whole_summary(tmp_path, monkeypatch, name, steps):
     spoil_loss(monkeypatch, *steps)
     assert convnet(tmp_path, '--experiment', name, '--seeds', *([0, 1] if name == 'Q1' else [0])) == 1
@@ -489,7 +500,7 @@ def test_constants_give_a_run_or_a_message_and_never_a_traceback(tmp_path, weigh
     for number in range(100):
         chosen = rng.sample(constants, rng.randint(1, 8))
         wrong = rng.choice(chosen) if rng.random() < 0.5 else None
-        options = ['--experiment', rng.choice([next(iter(script.EXPERIMENTS)), 'best'])]
+        options = ['--experiment', 'best' if 'mode' in chosen else rng.choice(['best', *script.EXPERIMENTS][:2])]
         for constant in chosen:
             value = str(draw(rng, script, constant, constant == wrong))
             options += [f'--{constant.replace("_", "-")}', *value.split(' ')]

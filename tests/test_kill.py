@@ -24,8 +24,8 @@ import training
 import utils
 
 OPTIONS = [*TINY, *TINY_NET, '--experiment', 'Q2b', '--seeds', '0', '--ema-decay', '0.5', '--dropout', '0.1',
-           '--flip', '0.5']
-EPOCHS = 6  # two runs of three
+           '--num-epochs', '2']
+EPOCHS = 4  # two runs of two
 
 # What a training is doing, as far as a kill is concerned: the calls that the child announces.
 ANNOUNCED = {
@@ -59,43 +59,43 @@ def announcing(function, announce):
     return call
 
 
-def run_and_kill(folder: Path, after: float, delay: float) -> tuple[list[str], bool]:
-    """Train, and kill `delay` seconds after announcement number `after` -> (announcements, whether it was killed)."""
+def run_and_kill(folder: Path, phase: str, number: int, delay: float) -> tuple[Counter, bool]:
+    """Train; kill `delay` seconds after the phase began for the `number`th time -> (phases begun, was it killed?)."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['ex3_convnet'])  # torch is imported once, not for every child
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=train, args=(folder, sender))
     child.start()
     sender.close()
-    phases = ['starting']
+    begun = Counter(['starting'])
     try:
-        while len(phases) <= after:
-            phases.append(receiver.recv())
+        while begun[phase] < number:
+            begun[receiver.recv()] += 1
         time.sleep(delay)
         child.kill()
-    except EOFError:  # it had less to do
+    except EOFError:  # it ended before
         pass
     child.join()
     assert child.exitcode in (0, -9), Path(f'{folder}.log').read_text()
-    return phases, child.exitcode != 0
+    return begun, child.exitcode != 0
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no SIGKILL and no forkserver')
 def test_a_training_killed_at_any_moment_ends_like_one_never_interrupted(tmp_path, request):
-    phases, _ = run_and_kill(tmp_path / 'whole', after=float('inf'), delay=0)
+    begun, _ = run_and_kill(tmp_path / 'whole', 'never', number=1, delay=0)
     rng = random.Random(0)
     killed, experiments = Counter(), 0
     while killed.total() < request.config.getoption('--kills'):
         experiments += 1
-        folder, kills = tmp_path / f'killed{experiments}', 0
-        while True:
-            done, was_killed = run_and_kill(folder, rng.randrange(len(phases)), rng.choice([0, rng.uniform(0, 0.02)]))
-            if not was_killed:
-                break
-            kills += 1
-            killed[done[-1]] += 1
+        folder, kills, was_killed = tmp_path / f'killed{experiments}', 0, True
+        while was_killed:
+            phase = rng.choice(['starting', *ANNOUNCED])
+            number = rng.randint(1, max(1, begun[phase]))
+            _, was_killed = run_and_kill(folder, phase, number, delay=rng.choice([0, rng.uniform(0, 0.02)]))
+            kills += was_killed
+            killed[phase] += was_killed
         assert_same_outcome(folder, tmp_path / 'whole')
         trained = Path(f'{folder}.log').read_text().count('images/s')  # a line an epoch
         assert EPOCHS <= trained <= EPOCHS + kills  # a kill costs at most the epoch under way
     print(f'\n{killed.total()} kills and as many restarts in {experiments} experiments: nothing lost. Killed while')
-    print('\n'.join(f'{count:>5} {phase}' for phase, count in killed.most_common()))
+    print('\n'.join(f'{count:>5} {phase}' for phase, count in (+killed).most_common()))

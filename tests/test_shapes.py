@@ -8,8 +8,17 @@ from datasets import shapes
 from datasets.shapes import CLASSES, make_shapes
 
 
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    # drawing is many short operations: beside other work, two threads wait for each other in each
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope='module')
-def drawn():
+def drawn(one_thread):
     return make_shapes(1000, seed=3)
 
 
