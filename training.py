@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -163,7 +164,10 @@ class TrainingStep:
             self.stream = torch.cuda.Stream(self.device)
 
     def __call__(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Train on the images `index` (B,); returns the mean loss and the number classified right, as tensors."""
+        """Train on the images `index` (B,); returns the mean loss and the number classified right, as tensors.
+
+        On CUDA the next call overwrites them.
+        """
         if not self.use_graph:
             return self._step(index)
         self.calls += 1
@@ -173,7 +177,9 @@ class TrainingStep:
         with torch.cuda.stream(self.stream):
             self.index.copy_(index)
             if self.calls <= 3:
-                self.result = self._step(self.index)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings('ignore', message='.*capturable=True')  # it will be captured soon
+                    self.result = self._step(self.index)
             else:
                 if self.graph is None:
                     self.optimizer.zero_grad(set_to_none=True)  # so that gradients live in the graph's memory

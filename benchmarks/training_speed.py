@@ -47,6 +47,7 @@ STEPS = {'cpu': 3, 'cuda': 245}  # of one repetition; 245 are an epoch of 49,000
 REPETITIONS = 7
 WORKERS = (2, 4, 8)  # of which the fastest is shown
 MATRIX_SIDE = {'cpu': 2048, 'cuda': 8192}
+COPY_LENGTH = 2 ** 26  # floats, more than any cache holds
 STATUS = Path('/proc/self/status')
 WAYS = USUAL, WITH_WORKERS, PROJECT = 'usual script', 'usual script, with workers', 'this project'
 
@@ -212,7 +213,7 @@ def measure_ceiling(device: torch.device) -> dict[str, float]:
         matrix = torch.randn(side, side, device=device, dtype=dtype)
         ceiling[precision] = 2 * side ** 3 / seconds_per_call(lambda m=matrix: m @ m, device)
     torch.set_float32_matmul_precision(before)
-    source = torch.ones(2 ** 26, device=device)
+    source = torch.ones(COPY_LENGTH, device=device)
     target = torch.empty_like(source)
     ceiling['copy'] = 2 * source.nbytes / seconds_per_call(lambda: target.copy_(source), device)  # read and written
     return ceiling
@@ -222,17 +223,17 @@ def measure_ceiling(device: torch.device) -> dict[str, float]:
 
 
 def load_data(options: Options, steps: int) -> cifar10.Data:
-    """As many training images as the steps of one repetition take, and a few others; on the CPU."""
-    count = steps * options.batch_size
+    """As many training images as the steps of one repetition take, and a batch of others; on the CPU."""
+    count, others = steps * options.batch_size, options.batch_size
     if options.data is None:
         generator = torch.Generator().manual_seed(0)
         parts = {part: cifar10.Split(torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator),
                                      torch.randint(10, (n,), generator=generator))
-                 for part, n in (('train', count), ('val', 200), ('test', 200))}
+                 for part, n in (('train', count), ('val', others), ('test', others))}
         return cifar10.Data('random', 'random images', tuple('0123456789'), **parts)
     constants = ex3_convnet.Config()
     data = cifar10.load(options.data, constants.data_root, constants.num_training, constants.num_validation)
-    return replace(data, train=data.train[:count], val=data.val[:200], test=data.test[:200])
+    return replace(data, train=data.train[:count], val=data.val[:others], test=data.test[:others])
 
 
 def configure(case: Case, options: Options, data: cifar10.Data, precision: str, folder: Path) -> Any:

@@ -1,0 +1,133 @@
+"""The benchmark's arithmetic against numbers worked out by hand, its two ways against each other, and a tiny run."""
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import ex3_convnet
+from benchmarks import training_speed as speed
+from datasets.cifar10 import Batches
+from ex3_pretrained import VggModel
+from models.convnet import ConvNet
+
+CPU = torch.device('cpu')
+
+
+def load(steps=1, batch_size=4, data=None):
+    return speed.load_data(speed.Options(data=data, batch_size=batch_size), steps)
+
+
+# --- arithmetic ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('norm_layer', [None, 'BN'])
+def test_flops_of_the_convnet_are_those_worked_out_by_hand(norm_layer):
+    first = 32 * 32 * 27 * 128  # multiply-adds: pixels x (3x3 pixels of 3 channels) x filters
+    forward = (first + 16 * 16 * (9 * 128) * 512 + (8 * 8 + 4 * 4 + 2 * 2) * (9 * 512) * 512 + 512 * 10)
+    assert forward == pytest.approx(353e6, rel=0.01)
+    by_hand = 2 * (3 * forward - first)  # backward: gradients of weights and of inputs, but not of the images
+    model = ConvNet(3, [128, 512, 512, 512, 512], 10, norm_layer)
+    assert speed.training_flops(model, torch.randn(2, 3, 32, 32)) == pytest.approx(by_hand, rel=0.01)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_flops_of_the_frozen_vgg_head_are_those_worked_out_by_hand():
+    head = VggModel(10, fine_tune=True, pretrained=False)
+    first, second = 512 * 256, 256 * 10
+    assert speed.training_flops(head, torch.randn(2, 512)) == 2 * (3 * (first + second) - first)
+
+
+def test_a_spread_is_the_median_the_smallest_and_the_largest():
+    assert speed.spread([3.0, 1.0, 2.0], '.1f') == '2.0 (1.0–3.0)'
+    assert speed.spread([3.0], '.1f') == '3.0'
+
+
+def test_ratios_and_utilisation_are_taken_within_each_repetition():
+    assert speed.ratios([2.0, 30.0, 8.0], [1.0, 10.0, 2.0]) == [2.0, 3.0, 4.0]
+    case = {'ways': {'a': dict(images_per_second=[2.0, 30.0, 8.0], flops_per_image=5, precision='bf16')},
+            'ceiling': {'fp32': [1.0, 1.0, 1.0], 'bf16': [100.0, 1000.0, 200.0]}}
+    assert speed.utilisation(case, 'a') == pytest.approx(0.15)  # of 0.10, 0.15 and 0.20
+
+
+# --- the two ways -------------------------------------------------------------------------------------------
+
+
+def test_the_usual_script_sees_the_same_numbers_as_the_project():
+    data = load()
+    images = speed.PilImages(data.train, speed.usual_transform(ex3_convnet.Config(), (0.5,) * 3, (0.5,) * 3))
+    usual, labels = zip(*(images[i] for i in range(len(images))), strict=True)
+    expected, expected_labels = next(iter(Batches(data.train, 4)))
+    torch.testing.assert_close(torch.stack(usual), expected)
+    assert list(labels) == expected_labels.tolist()
+
+
+@pytest.mark.parametrize('name, kinds', [
+    ('ConvNet, batch norm', ['ToTensor', 'Normalize']),
+    ('ConvNet, batch norm, flip + crop + jitter', ['RandomCrop', 'RandomHorizontalFlip', 'ColorJitter', 'ToTensor',
+                                                   'Normalize']),
+    ('VGG11_bn, frozen', ['RandomHorizontalFlip', 'ToTensor', 'Normalize'])])
+def test_the_usual_script_augments_as_the_constants_say(name, kinds, tmp_path):
+    config = speed.configure(speed.CASES[name], speed.Options(), load(), 'fp32', tmp_path)
+    transform = speed.usual_transform(config, (0.5,) * 3, (0.5,) * 3)
+    assert [type(step).__name__ for step in transform.transforms] == kinds
+
+
+def test_the_usual_script_is_contiguous_and_freezes_what_the_project_freezes(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(speed, 'training_flops', lambda model, _: made.append(model) or 0)
+    for name in ('ConvNet', 'VGG11_bn, frozen'):
+        case = speed.CASES[name]
+        speed.usual(case.script, speed.configure(case, speed.Options(), load(), 'fp32', tmp_path), load(), CPU)
+    assert all(layer.weight.is_contiguous() for model in made for layer in model.modules()
+               if isinstance(layer, nn.Conv2d))
+    assert [next(model.features.parameters()).requires_grad for model in made] == [True, False]
+
+
+def test_a_repetition_takes_as_many_images_as_its_steps():
+    assert len(load(steps=3, batch_size=4).train) == 12
+    assert len(load(steps=3, batch_size=4, data='shapes').train) == 12
+
+
+def test_memory_is_counted_from_before_a_way_is_made(tmp_path):
+    if not speed.STATUS.exists():
+        pytest.skip('the peak memory of a process is read from /proc, which only Linux has')
+    peak = speed.peak_resident_memory()
+    assert 10e6 < peak < 1e12
+    options = speed.Options(steps=1, batch_size=4)
+    assert 0 <= speed.growth('ConvNet', speed.PROJECT, options, 'fp32', tmp_path) < 4e9
+    assert speed.peak_resident_memory() >= peak
+
+
+# --- the whole ----------------------------------------------------------------------------------------------
+
+
+def test_a_tiny_run_prints_a_table_and_writes_numbers_and_a_plot(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed, 'WORKERS', (1,))
+    monkeypatch.setattr(speed, 'MATRIX_SIDE', {'cpu': 64})
+    monkeypatch.setattr(speed, 'COPY_LENGTH', 1000)
+    cases = ['ConvNet, batch norm', 'VGG11_bn, frozen']
+    assert speed.main(['--cases', *cases, '--steps', '1', '--repetitions', '1', '--batch-size', '4', '--no-memory',
+                       '--device', 'cpu', '--precision', 'fp32', '--results', str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    path, = tmp_path.glob('*.json')
+    record = json.loads(path.read_text())
+    assert list(record['cases']) == cases
+    for case in record['cases'].values():
+        assert list(case['ways']) == list(speed.WAYS)
+        for way in case['ways'].values():
+            assert len(way['images_per_second']) == 1 and way['images_per_second'][0] > 0 < way['flops_per_image']
+        assert all(value > 0 for values in case['ceiling'].values() for value in values)
+    assert record['cases']['VGG11_bn, frozen']['features']['images'] == 2 * 4 + 4 + 4
+    assert record['cases']['ConvNet, batch norm']['features'] is None
+    assert path.with_suffix('.png').read_bytes().startswith(b'\x89PNG')
+
+    assert speed.main(['--table', str(path)]) == 0
+    table = capsys.readouterr().out.strip()
+    assert printed.startswith(table) and str(path) in printed
+    assert all(f'| {name} |' in table for name in cases)
+
+
+def test_an_unknown_case_is_one_message(capsys):
+    assert speed.main(['--cases', 'ResNet']) == 2
+    assert "'ResNet'" in capsys.readouterr().err
