@@ -34,7 +34,7 @@ def square(x: Tensor, y: Tensor) -> Tensor:
 
 
 def triangle(x: Tensor, y: Tensor) -> Tensor:
-    return torch.maximum(x.abs() * math.sqrt(0.75) + y / 2, -y) - 0.55  # by x.abs() one half-plane is two sides
+    return torch.maximum(x.abs() * math.sqrt(0.75) + y / 2, -y) - 0.55  # x.abs(): one half-plane, two sides
 
 
 def cross(x: Tensor, y: Tensor) -> Tensor:
