@@ -127,7 +127,10 @@ def test_curves_of_several_seeds_are_their_mean_with_a_band(tmp_path, drawn):
     utils.plot_curves({'plain': [make_history(0.4, 0.6), make_history(0.6, 0.7, 0.9)]}, tmp_path / 'c.png', '')
     accuracy = drawn[0].axes[1]
     means = [line.get_ydata().tolist() for line in accuracy.get_lines() if line.get_linestyle() == '-']
-    assert means[0] == pytest.approx([50, 65])  # as far as all seeds go
+    assert means[0] == pytest.approx([50, 65, 90])  # of those that go so far
+    band = accuracy.collections[1].get_paths()[0].vertices  # of validation; the sample's deviation
+    first = band[band[:, 0] == 1, 1]
+    assert (first.min(), first.max()) == pytest.approx((50 - 200 ** 0.5, 50 + 200 ** 0.5))
     assert len(accuracy.collections) == 2  # a band for training and one for validation
 
 
