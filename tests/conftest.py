@@ -1,4 +1,7 @@
 """Options of the tests."""
+import os
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch is imported: thousands of tiny steps gain nothing by more
 
 
 def pytest_addoption(parser):
