@@ -196,7 +196,7 @@ def best_against_latest(done: experiment.Experiment) -> Path:
     """Q2b: the two models of each run on the training, validation and test set."""
     names, series = [], {'best on validation': ([], []), 'latest': ([], [])}
     for part, images in (('train', 'training'), ('val', 'validation'), ('test', 'test')):
-        names += [f'{run}\n{images}' for run in done.histories]
+        names += [f'{run},\n{images}' for run in done.histories]
         for which, statistic in zip(('best', 'last'), series.values(), strict=True):
             for so_far, values in zip(statistic, done.statistic(f'{which}_{part}_accuracy'), strict=True):
                 so_far += values

@@ -55,10 +55,6 @@ class NotRun(Exception):
     """Raised by `build` when a run cannot be done here, while others can."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM."""
-
-
 class Task(NamedTuple):
     """What one run trains: made by the script's `build(config, data)`."""
     model: nn.Module
@@ -170,8 +166,8 @@ def _run(script: Script, argv: Sequence[str] | None) -> int:
     name, rows = parse(script, argv)
     first = next(iter(rows.values()))
     print(f'{name}: {script.questions.get(name, "")}')
-    for run, differences in script.experiments[name].items():
-        print(f'  {run}: {", ".join(f"{key}={getattr(rows[run], key)!r}" for key in differences) or "the constants"}')
+    for run, config in rows.items():
+        print(f'  {run}: {_differences(config, script.constants()) or "the constants"}')
     device = pick_device(first.device)
     rows, data = _resolve(rows, device, script.load_data)
     seeds = dict.fromkeys(seed for config in rows.values() for seed in config.seeds)
@@ -184,13 +180,13 @@ def _run(script: Script, argv: Sequence[str] | None) -> int:
         experiment = Experiment(title, folder, rows, data, device)
         jobs = [job for job in experiment.finished() if job not in jobs] + jobs  # seeds of earlier calls belong to it
         for i, (run, seed) in enumerate(jobs):
-            later = [job for job in jobs[i + 1:] if job not in experiment.finished()]
-            trained = (run, seed) not in experiment.finished()
+            done = experiment.finished()
+            later = [job for job in jobs[i + 1:] if job not in done]
             result, history = _one_run(experiment, run, seed, script.build, later)
             experiment.results.append(result)
             if history.epochs:
                 experiment.histories.setdefault(run, []).append(history)
-            if trained and later:
+            if later and (run, seed) not in done:  # a picture for every run that was only read again takes too long
                 _summarise(experiment)
         plots = _summarise(experiment)
         if experiment.histories:
@@ -257,6 +253,13 @@ def parse(script: Script, argv: Sequence[str] | None) -> tuple[str, dict[str, An
             raise ValueError(f'{name} compares values of {key}, but the command line or the constants make it '
                              f'{values.pop()} in every run: leave {key} alone, or choose another experiment')
     return name, rows
+
+
+def _differences(config: Any, constants: Any) -> str:
+    """What a row or the command line has changed, except for where things lie: "norm_layer='BN', num_epochs=5"."""
+    hidden = {'experiment', *NOT_IDENTITY} - {'seeds'}
+    return ', '.join(f'{key}={value!r}' for key, value in vars(config).items()
+                     if key not in hidden and value != getattr(constants, key))
 
 
 def _check_table(name: str, table: dict[str, dict], allowed: set[str]) -> None:
@@ -517,11 +520,11 @@ def summary_table(results: Sequence[Result]) -> str:
 
 @contextmanager
 def _signals_as_exceptions() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise `Interrupted`, once: a second one does not break the writing the first one causes."""
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt once: a second one does not break the writing the first one causes."""
     def interrupt(number: int, _frame: Any) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(number)
+        raise KeyboardInterrupt(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only

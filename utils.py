@@ -199,7 +199,8 @@ Statistic = tuple[Sequence[float], Sequence[float]]  # means and standard deviat
 def plot_curves(runs: Mapping[str, Sequence], path: Path, title: str) -> Path:
     """Loss and accuracy against the epoch, all runs overlaid: run -> one `History` a seed.
 
-    Dashed is training, solid validation; a dot marks the best epoch; a band is one standard deviation over seeds.
+    Dashed is training, solid validation; a dot marks the best epoch; a band, with up to four runs, is
+    one standard deviation over seeds.
     """
     figure = Figure(figsize=(11, 4.6), layout='constrained')
     figure.suptitle(f'{title}\ndashed: training, solid: validation, dot: best epoch', fontsize=11)
@@ -215,7 +216,7 @@ def plot_curves(runs: Mapping[str, Sequence], path: Path, title: str) -> Path:
                 mean, deviation = curves[f'{part}_{quantity}']
                 panel.plot(epochs, mean, style, color=color, linewidth=1.6 if part == 'val' else 1.1,
                            marker='.' if len(epochs) == 1 else None, label=name if part == 'val' else None)
-                if len(histories) > 1:
+                if len(histories) > 1 and len(runs) <= 4:  # more bands would hide each other and the lines
                     panel.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)
             panel.plot(epochs[best], curves[f'val_{quantity}'][0][best], 'o', color=color, markersize=6)
     for panel, label in zip(panels, ('loss (cross entropy)', 'accuracy (%)'), strict=True):
@@ -267,8 +268,8 @@ def plot_bars(names: Sequence[str], series: Mapping[str, Statistic], path: Path,
     lowest = np.nanmin([np.subtract(*statistic) for statistic in series.values()])
     highest = np.nanmax([np.add(*statistic) for statistic in series.values()])
     margin = max(1.0, 0.15 * (highest - lowest))
-    panel.set(ylabel='accuracy (%)', ylim=(max(0, lowest - 2 * margin), min(105, highest + margin)))
-    panel.set_xticks(range(len(names)), names, rotation=20 if len(names) > 4 else 0)
+    panel.set(ylabel='accuracy (%)', ylim=(max(0, lowest - 2 * margin), highest + margin))
+    panel.set_xticks(range(len(names)), names, rotation=20 if len(names) > 6 else 0)
     panel.set_title(title, fontsize=11)
     panel.grid(axis='y', alpha=0.3)
     panel.set_axisbelow(True)

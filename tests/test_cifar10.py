@@ -34,14 +34,6 @@ def official(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*_args, **_kwargs):
-        raise OSError('no network in tests')
-    monkeypatch.setattr(socket, 'create_connection', refuse)
-    monkeypatch.setattr(socket, 'getaddrinfo', refuse)
-
-
 def make_folder(root: Path, classes=('ant', 'bee'), train=6, test=3, size=(32, 32)) -> Path:
     """An image folder: every image one colour, red its class, green its number."""
     for part, count in (('train', train), ('test', test)):

@@ -11,7 +11,6 @@ import pickle
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -320,17 +319,9 @@ def test_no_flipped_bit_in_a_text_file_ends_in_a_traceback(tmp_path, whole, name
 # --- damaged data -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    def refuse(*_args, **_kwargs):
-        raise OSError('no network in tests')
-    monkeypatch.setattr(socket, 'create_connection', refuse)
-    monkeypatch.setattr(socket, 'getaddrinfo', refuse)
-
-
 @pytest.mark.parametrize('data', ['auto', 'cifar10'])
 @pytest.mark.parametrize('damage', ['empty', 'garbage', 'malicious pickle'])
-def test_damaged_cifar10_is_named_with_the_remedy_and_never_executed(tmp_path, offline, capsys, data, damage):
+def test_damaged_cifar10_is_named_with_the_remedy_and_never_executed(tmp_path, no_network, capsys, data, damage):
     folder = tmp_path / CIFAR10.base_folder
     folder.mkdir()
     for name in [*(f'data_batch_{i}' for i in range(1, 6)), 'test_batch', 'batches.meta']:
