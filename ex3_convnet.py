@@ -25,7 +25,7 @@ __all__ = ['Config', 'ConvNet', 'EXPERIMENTS', 'PrintModelSize', 'VisualizeFilte
 @dataclass(frozen=True)
 class Config:
     """A ConvNet on CIFAR-10: questions 1 to 3 of the exercise. Each option is a constant at the top of the script."""
-    experiment: str = 'Q1'  # Q1, Q2a, Q2b, Q3a, Q3a-strength, Q3b or best: see EXPERIMENTS below
+    experiment: str = 'Q1'  # Q1, Q2a, Q2b, Q3a, Q3a-strength, Q3b, best or ingredients: see EXPERIMENTS below
 
     # Data
     data: str = 'auto'  # 'auto' (CIFAR-10, or shapes if it cannot be had), 'cifar10', 'shapes' or an image folder
@@ -88,6 +88,7 @@ QUESTIONS = {
     'Q3a-strength': 'how strong should an augmentation be?',
     'Q3b': 'which dropout probability between the blocks is right?',
     'best': 'how far does this very network go?',
+    'ingredients': 'what does each ingredient of the best recipe bring?',
 }
 
 # One row a run: what differs from the constants above. A row wins over an edited constant, the command line over both.
@@ -101,6 +102,9 @@ STRENGTHS = {
     'crop_padding': (2, 4, 8), 'degrees': (5, 15, 30), 'translate': (0.05, 0.1, 0.2),
     'jitter': (0.1, 0.3, 0.5),  # of brightness, contrast and saturation; a sixth of it of hue
 }
+BEST = dict(
+    norm_layer='BN', num_epochs=100, optimizer='SGD', schedule='one-cycle', learning_rate=0.15, reg=5e-4,
+    label_smoothing=0.1, ema_decay=0.99, **FLIP, **CROP, cutout=8)
 EXPERIMENTS = {
     'Q1': {'ConvNet': {}},
     'Q2a': {'plain': dict(norm_layer=None), 'batch norm': dict(norm_layer='BN')},
@@ -113,9 +117,12 @@ EXPERIMENTS = {
                                  if name == 'jitter' else {name: value})
         for name, values in STRENGTHS.items() for value in values},
     'Q3b': {f'p = {p / 10}': Q3 | dict(dropout=p / 10) for p in range(10)},
-    'best': {'best': dict(
-        norm_layer='BN', num_epochs=100, optimizer='SGD', schedule='one-cycle', learning_rate=0.15, reg=5e-4,
-        label_smoothing=0.1, ema_decay=0.99, **FLIP, **CROP, cutout=8)},
+    'best': {'best': BEST},
+    'ingredients': {
+        'all': BEST, 'Adam with decay': BEST | dict(optimizer='Adam', schedule='decay', learning_rate=2e-3, reg=0.001),
+        'no flip + crop': BEST | dict(flip=0, crop_padding=0), 'no cutout': BEST | dict(cutout=0),
+        'no label smoothing': BEST | dict(label_smoothing=0), 'no averaging': BEST | dict(ema_decay=0),
+        'no batch norm': BEST | dict(norm_layer=None, learning_rate=0.02)},
 }
 
 
@@ -176,7 +183,7 @@ def figures(done: experiment.Experiment) -> list[Path]:
         return [best_against_latest(done)]
     if name == 'Q3a':
         return [bars(done), gallery(done)]
-    if name == 'Q3a-strength':
+    if name in ('Q3a-strength', 'ingredients'):
         return [bars(done)]
     return [against_dropout(done)] if name == 'Q3b' else []
 

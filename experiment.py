@@ -42,6 +42,9 @@ from utils import PrintModelSize, describe_device, pick_device, pick_precision, 
 # Constants that do not change what a run is. `data_root` only says where `data` was found: a moved clone goes on.
 NOT_IDENTITY = ('results', 'seeds', 'device', 'data_root')
 
+# Constants that a plot's title shows in words, or that do not change what a run is.
+SHOWN_OTHERWISE = ('experiment', 'data', 'num_training', 'num_classes', 'precision', *NOT_IDENTITY)
+
 # Ranges of the constants that both scripts have, ends included.
 RANGES = {
     'num_training': (1, 10**9), 'num_validation': (1, 10**9), 'seeds': (0, 2**31), 'num_classes': (2, 10**6),
@@ -164,6 +167,7 @@ def run(script: Script, argv: Sequence[str] | None) -> int:
 
 def _run(script: Script, argv: Sequence[str] | None) -> int:
     name, rows = parse(script, argv)
+    table = script.experiments[name]
     first = next(iter(rows.values()))
     print(f'{name}: {script.questions.get(name, "")}')
     for run, config in rows.items():
@@ -177,6 +181,10 @@ def _run(script: Script, argv: Sequence[str] | None) -> int:
         sources = dict.fromkeys(each.source for each in data.values())
         sizes = dict.fromkeys(f'{len(each.train):,}' for each in data.values())
         title = f'{name} · {" / ".join(sources)}, {" / ".join(sizes)} training images'
+        changed = {_differences(config, replace(script.constants(), **table[run]), SHOWN_OTHERWISE): None
+                   for run, config in rows.items()}
+        if text := ' / '.join(filter(None, changed)):  # so that nobody takes a reduced run for the whole
+            title += f'\n{text}'
         experiment = Experiment(title, folder, rows, data, device)
         jobs = [job for job in experiment.finished() if job not in jobs] + jobs  # seeds of earlier calls belong to it
         for i, (run, seed) in enumerate(jobs):
@@ -255,11 +263,11 @@ def parse(script: Script, argv: Sequence[str] | None) -> tuple[str, dict[str, An
     return name, rows
 
 
-def _differences(config: Any, constants: Any) -> str:
-    """What a row or the command line has changed, except for where things lie: "norm_layer='BN', num_epochs=5"."""
-    hidden = {'experiment', *NOT_IDENTITY} - {'seeds'}
-    return ', '.join(f'{key}={value!r}' for key, value in vars(config).items()
-                     if key not in hidden and value != getattr(constants, key))
+def _differences(config: Any, constants: Any, hidden: Iterable[str] = ('experiment', 'results', 'device', 'data_root'),
+                 ) -> str:
+    """What a row or the command line has changed, but for `hidden`: "norm_layer='BN', num_epochs=5"; of paths the end."""
+    return ', '.join(f'{key}={(Path(value).name if isinstance(value, str) else value)!r}'
+                     for key, value in vars(config).items() if key not in hidden and value != getattr(constants, key))
 
 
 def _check_table(name: str, table: dict[str, dict], allowed: set[str]) -> None:

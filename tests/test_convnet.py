@@ -15,7 +15,7 @@ TINY = ['--data', 'shapes', '--num-training', '60', '--num-validation', '20', '-
         '--hidden-size', '4', '4', '4', '4', '4', '--precision', 'fp32']
 PICTURES = {'Q1': {'curves', 'filters'}, 'Q2a': {'curves'}, 'Q2b': {'curves', 'best_against_latest'},
             'Q3a': {'curves', 'accuracy', 'gallery'}, 'Q3a-strength': {'curves', 'accuracy'},
-            'Q3b': {'curves', 'dropout'}, 'best': {'curves'}}
+            'Q3b': {'curves', 'dropout'}, 'best': {'curves'}, 'ingredients': {'curves', 'accuracy'}}
 
 
 @pytest.mark.parametrize('name', EXPERIMENTS)
@@ -33,6 +33,14 @@ def test_several_seeds_give_rows_of_their_own_and_one_line_with_a_deviation(tmp_
     results = read_summary(tmp_path / 'ex3_convnet' / 'Q2a' / 'summary.csv')
     assert [(r.run, r.seed) for r in results] == [('plain', 0), ('batch norm', 0), ('plain', 1), ('batch norm', 1)]
     assert (tmp_path / 'ex3_convnet' / 'Q2a' / 'summary.md').read_text().count('±') >= 2
+
+
+def test_what_the_command_line_changed_stands_in_the_title(tmp_path, capsys):
+    assert main([*TINY, '--experiment', 'Q2a', '--results', str(tmp_path)]) == 0
+    title = (tmp_path / 'ex3_convnet' / 'Q2a' / 'summary.md').read_text().split('\n\n')[0]
+    assert 'built-in shapes (not CIFAR-10), 60 training images' in title
+    assert 'hidden_size=(4, 4, 4, 4, 4), num_epochs=1' in title
+    assert 'norm_layer' not in title  # that is the row's own
 
 
 def test_importing_the_scripts_starts_nothing_and_needs_no_pyplot():

@@ -1,4 +1,7 @@
 """Device, precision, files and pictures."""
+import platform
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +30,27 @@ def test_a_device_that_does_not_work_here_is_refused(name):
 
 def test_auto_is_cuda_where_there_is_one_else_the_cpu():
     assert pick_device('auto').type == ('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+def test_freed_memory_is_kept_on_a_cpu(tmp_path):
+    status = Path('/proc/self/status')
+    if 'glibc' not in platform.libc_ver() or not status.exists():
+        pytest.skip('only glibc can be told to keep freed memory')
+
+    def kept() -> int:
+        """Bytes by which 256 MB, used and freed, let this process grow."""
+        before = resident()
+        torch.ones(2**26)
+        return resident() - before
+
+    def resident() -> int:
+        return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith('VmRSS'))
+    utils.keep_freed_memory(False)
+    assert kept() < 2**26
+    pick_device('cpu')
+    assert kept() > 2**27
+    utils.keep_freed_memory(False)
+    assert kept() < 2**26
 
 
 @pytest.mark.parametrize('native, error, faster, expected', [
