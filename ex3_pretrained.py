@@ -4,10 +4,11 @@
 Edit the constants below, run `python ex3_pretrained.py`, look at the plots whose paths it prints at the end.
 Every constant is a command-line option, too: `python ex3_pretrained.py --experiment Q4a --num-epochs 5`.
 """
+import hashlib
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -97,14 +98,27 @@ def check(config: Config) -> None:
     if config.layer_config[0] != 512:
         raise ValueError(f'layer_config must begin with 512, the features that the convolutions give, '
                          f'got {config.layer_config}')
-    if config.mode != 'scratch' and config.weights != 'imagenet' and not Path(config.weights).is_file():
+    if config.mode != 'scratch' and config.weights != 'imagenet' and not Path(config.weights).expanduser().is_file():
         raise ValueError(f"weights must be 'imagenet' or the path of a state dict, but there is no file "
                          f'{config.weights}')
 
 
 def load_data(config: Config) -> cifar10.Data:
     """The images of the constants `data`, `num_training` and `num_validation`; ValueError if they cannot be had."""
-    return cifar10.load(config.data, config.data_root, config.num_training, config.num_validation)
+    data = cifar10.load(config.data, config.data_root, config.num_training, config.num_validation)
+    weights = 'ImageNet' if config.weights == 'imagenet' else Path(config.weights).stem
+    return replace(data, source=f'{data.source}, {weights} weights')  # so that every plot and table names them
+
+
+def identity(config: Config) -> dict:
+    """The constants that say which run it is: weights by their content, wherever they lie; from scratch, none."""
+    weights = config.weights
+    if config.mode == 'scratch':
+        weights = ''
+    elif weights != 'imagenet':
+        with Path(weights).expanduser().open('rb') as file:
+            weights = f'SHA256 {hashlib.file_digest(file, "sha256").hexdigest()}'
+    return asdict(config) | {'weights': weights}
 
 
 def make_model(config: Config, device: torch.device) -> VggModel:
@@ -128,7 +142,7 @@ def build(config: Config, data: cifar10.Data) -> experiment.Task:
         (config.flip, Flip(config.flip)), (config.crop_padding, Crop(config.crop_padding)),
         (config.cutout, Cutout(config.cutout))) if strength]
     if config.mode == 'frozen' and not (config.crop_padding or config.cutout):
-        features, seconds = cached_features(config.weights, config.precision, data)
+        features, seconds = cached_features(config.weights, config.precision, data, config.flip > 0)
         train = FeatureBatches(features['train'], config.batch_size, flip=config.flip)
         evaluation = {part: FeatureBatches(split) for part, split in features.items()}
         return experiment.Task(model, groups, train, evaluation, seconds)
@@ -148,7 +162,7 @@ def normalised(split: cifar10.Split, batch_size: int = 500, augmentations: Seque
 class FeatureBatches(cifar10.Batches):
     """Batches of features: `split.images` is (N, 2, 512) float, of each image and of its mirror image.
 
-    Without the mirror image, (N, 1, 512), they are for evaluation only.
+    Without the mirror image, (N, 1, 512), nothing is flipped.
     """
 
     def __init__(self, split: cifar10.Split, batch_size: int = 500, flip: float = 0.0):
@@ -160,24 +174,29 @@ class FeatureBatches(cifar10.Batches):
 
     def augmented(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         mirrored = torch.rand(len(images), device=self.device, generator=generator) < self.flip  # as `Flip` draws it
-        return torch.where(mirrored[:, None], images[:, 1], images[:, 0])
+        return torch.where(mirrored[:, None], images[:, -1], images[:, 0])
 
 
-@lru_cache(maxsize=1)  # the seeds of one experiment share them
-def cached_features(weights: str, precision: str, data: cifar10.Data) -> tuple[dict[str, cifar10.Split], float]:
-    """('train' -> features (N, 2, 512) and labels, 'val' and 'test' -> (N, 1, 512), the seconds it took)."""
-    start = time.perf_counter()
+@lru_cache(maxsize=2)  # the seeds of one experiment share them
+def cached_features(weights: str, precision: str, data: cifar10.Data,
+                    mirrored: bool) -> tuple[dict[str, cifar10.Split], float]:
+    """(features by part, the seconds that those for training took).
+
+    'train' -> (N, 2, 512) and labels, of images and mirror images, or (N, 1, 512) where none will be mirrored;
+    'val' and 'test' -> (N, 1, 512).
+    """
     device = data.train.images.device
     model = VggModel(2, fine_tune=False, weights=weights).to(device, memory_format=torch.channels_last).eval()
     features = {}
     for part in ('train', 'val', 'test'):
-        split = getattr(data, part)
+        start, split = time.perf_counter(), getattr(data, part)
         views = [extract(model, split, precision, part)]
-        if part == 'train':  # only training images are ever mirrored
-            mirrored = cifar10.Split(split.images.flip(-1), split.labels)
-            views.append(extract(model, mirrored, precision, f'{part}, mirrored'))
-        features[part] = cifar10.Split(torch.stack(views, dim=1), split.labels)
-    return features, time.perf_counter() - start
+        if part == 'train' and mirrored:
+            views.append(extract(model, replace(split, images=split.images.flip(-1)), precision, f'{part}, mirrored'))
+        features[part] = replace(split, images=torch.stack(views, dim=1))
+        if part == 'train':
+            seconds = time.perf_counter() - start
+    return features, seconds
 
 
 @torch.no_grad()
@@ -198,15 +217,16 @@ def figures(done: experiment.Experiment) -> list[Path]:
     series = {label: done.statistic(f'best_{part}_accuracy')
               for part, label in (('train', 'training'), ('val', 'validation'), ('test', 'test'))}
     paths = [plot_bars(runs, series, done.folder / 'accuracy.png', f'{done.title}\nbest model of a run')]
-    models = {}
-    for run in (runs[0], runs[-1]):  # Q4b: frozen, so as pretrained, and from scratch
-        seed = next(result.seed for result in done.results if result.run == run and result.best_epoch)
-        model = VggModel(done.rows[run].num_classes, fine_tune=True, pretrained=False,
-                         layer_config=done.rows[run].layer_config)
-        models[run] = done.load(model, run, seed)
+    shown = {}  # pretrained beside scratch: the first run of each
+    for scratch in (False, True):
+        for run in [run for run in runs if (done.rows[run].mode == 'scratch') == scratch][:1]:
+            config = done.rows[run]
+            seed = next(result.seed for result in done.results if result.run == run and result.best_epoch)
+            model = VggModel(config.num_classes, fine_tune=True, pretrained=False, layer_config=config.layer_config)
+            shown[f'{run} (as pretrained)' if config.mode == 'frozen' else run] = done.load(model, run, seed)
+    *before, after = shown.values()
     paths.append(done.folder / 'filters.png')
-    VisualizeFilter(models[runs[-1]], paths[-1], before=models[runs[0]] if len(models) > 1 else None,
-                    titles=list(models), title=done.title)
+    VisualizeFilter(after, paths[-1], before=before[0] if before else None, titles=list(shown), title=done.title)
     return paths
 
 
@@ -216,7 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def script() -> experiment.Script:
-    return experiment.Script(Path(__file__).stem, Config, EXPERIMENTS, QUESTIONS, check, load_data, build, figures)
+    return experiment.Script(Path(__file__).stem, Config, EXPERIMENTS, QUESTIONS, check, load_data, build, figures,
+                             identity)
 
 
 if __name__ == '__main__':

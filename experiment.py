@@ -43,7 +43,7 @@ from utils import PrintModelSize, describe_device, pick_device, pick_precision, 
 NOT_IDENTITY = ('results', 'seeds', 'device', 'data_root')
 
 # Constants that a plot's title shows in words, or that do not change what a run is.
-SHOWN_OTHERWISE = ('experiment', 'data', 'num_training', 'num_classes', 'precision', *NOT_IDENTITY)
+SHOWN_OTHERWISE = ('experiment', 'data', 'weights', 'num_training', 'num_classes', 'precision', *NOT_IDENTITY)
 
 # Ranges of the constants that both scripts have, ends included.
 RANGES = {
@@ -96,11 +96,20 @@ class Experiment:
     title: str
     folder: Path
     rows: dict[str, Any]  # run -> its constants
+    identities: dict[str, dict]  # run -> what its config.json holds
     data: dict[str, Any]  # run -> its data
     device: torch.device
     sizes_shown: set[int] = field(default_factory=set)
     results: list[Result] = field(default_factory=list)
     histories: dict[str, list[History]] = field(default_factory=dict)
+
+    def add(self, result: Result, history: History) -> None:
+        """Remember how a run ended, in the order of the table whatever the order in which they ran."""
+        order = list(self.rows).index
+        self.results = sorted([*self.results, result], key=lambda one: order(one.run))
+        if history.epochs:
+            self.histories.setdefault(result.run, []).append(history)
+            self.histories = dict(sorted(self.histories.items(), key=lambda one: order(one[0])))
 
     def run_folder(self, run: str, seed: int) -> Path:
         return self.folder / slug(run) / f'seed{seed}'
@@ -137,6 +146,7 @@ class Script(NamedTuple):
     load_data: Callable[[Any], Any]  # constants -> `Data`
     build: Callable[[Any, Any], Task]  # constants, data -> what is trained; raises NotRun
     figures: Callable[[Experiment], list[Path]]  # draws what the question asks to see
+    identity: Callable[[Any], dict] = asdict  # constants -> those that say what a run is, and a few that do not
 
 
 def run(script: Script, argv: Sequence[str] | None) -> int:
@@ -177,7 +187,8 @@ def _run(script: Script, argv: Sequence[str] | None) -> int:
     seeds = dict.fromkeys(seed for config in rows.values() for seed in config.seeds)
     jobs = [(run, seed) for seed in seeds for run, config in rows.items() if seed in config.seeds]
 
-    with _claimed_folder(Path(first.results) / script.name / name, rows, jobs) as folder:
+    identities = {run: _identity(script.identity(config)) for run, config in rows.items()}
+    with _claimed_folder(Path(first.results) / script.name / name, identities) as folder:
         sources = dict.fromkeys(each.source for each in data.values())
         sizes = dict.fromkeys(f'{len(each.train):,}' for each in data.values())
         title = f'{name} · {" / ".join(sources)}, {" / ".join(sizes)} training images'
@@ -185,15 +196,13 @@ def _run(script: Script, argv: Sequence[str] | None) -> int:
                    for run, config in rows.items()}
         if text := ' / '.join(filter(None, changed)):  # so that nobody takes a reduced run for the whole
             title += f'\n{text}'
-        experiment = Experiment(title, folder, rows, data, device)
+        experiment = Experiment(title, folder, rows, identities, data, device)
         jobs = [job for job in experiment.finished() if job not in jobs] + jobs  # seeds of earlier calls belong to it
         for i, (run, seed) in enumerate(jobs):
             done = experiment.finished()
             later = [job for job in jobs[i + 1:] if job not in done]
             result, history = _one_run(experiment, run, seed, script.build, later)
-            experiment.results.append(result)
-            if history.epochs:
-                experiment.histories.setdefault(run, []).append(history)
+            experiment.add(result, history)
             if later and (run, seed) not in done:  # a picture for every run that was only read again takes too long
                 _summarise(experiment)
         plots = _summarise(experiment)
@@ -331,9 +340,8 @@ def slug(run: str) -> str:
 
 
 @contextmanager
-def _claimed_folder(base: Path, rows: dict[str, Any], jobs: Iterable[tuple[str, int]]) -> Iterator[Path]:
+def _claimed_folder(base: Path, identities: dict[str, dict]) -> Iterator[Path]:
     """The first of base, base-2, base-3 ... that is new or holds these constants, locked for this process."""
-    identities = {run: _identity(config) for run, config in rows.items()}
     for n in itertools.count(1):
         folder = base if n == 1 else base.with_name(f'{base.name}-{n}')
         folder.mkdir(parents=True, exist_ok=True)
@@ -348,21 +356,15 @@ def _claimed_folder(base: Path, rows: dict[str, Any], jobs: Iterable[tuple[str, 
     if not lock.is_locked:
         raise ValueError(f'another process is working on {folder}: wait until it ends, or choose another folder '
                          f'with --results')
-    for run, seed in jobs:
-        path = folder / slug(run) / f'seed{seed}' / 'config.json'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            write_atomically(path, json.dumps(identities[run], indent=1) + '\n')
     try:
         yield folder
     finally:
         lock.release()
 
 
-def _identity(config: Any) -> dict:
+def _identity(constants: dict) -> dict:
     """The constants that say what a run is, as JSON gives them back."""
-    constants = {key: value for key, value in asdict(config).items() if key not in NOT_IDENTITY}
-    return json.loads(json.dumps(constants, default=str))
+    return json.loads(json.dumps({k: v for k, v in constants.items() if k not in NOT_IDENTITY}, default=str))
 
 
 def _difference(folder: Path, identities: dict[str, dict]) -> str:
@@ -405,6 +407,8 @@ def _one_run(experiment: Experiment, run: str, seed: int, build: Callable,
     if result.trainable not in experiment.sizes_shown:
         PrintModelSize(task.model)
         experiment.sizes_shown.add(result.trainable)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / 'config.json', json.dumps(experiment.identities[run], indent=1) + '\n')
     schedule = (one_cycle(config.learning_rate, config.num_epochs, config.warmup) if config.schedule == 'one-cycle'
                 else decay(config.learning_rate, config.learning_rate_decay))
     history = fit(task.model, task.train, task.evaluation['val'],
@@ -509,7 +513,7 @@ def summary_table(results: Sequence[Result]) -> str:
     """A Markdown table, a line a run: mean ± standard deviation over its seeds, accuracies in percent."""
     head = ['run', 'seeds', 'trained / all parameters', 'epochs', 'best epoch', 'best: train', 'val', 'test',
             'latest: train', 'val', 'test', 'seconds']
-    lines = [head, [''] * len(head)]
+    lines = [head]
     for run in dict.fromkeys(result.run for result in results):
         same = [result for result in results if result.run == run]
         failed = [result.status for result in same if result.status != 'finished']
@@ -520,10 +524,16 @@ def summary_table(results: Sequence[Result]) -> str:
                       *(mean_std([getattr(r, f'{which}_{part}_accuracy') for r in same], scale=100)
                         for which in ('best', 'last') for part in ('train', 'val', 'test')),
                       mean_std([r.seconds for r in same], '.0f')])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    lines[1] = [f'{"-" * (width - 1)}{":" if i else "-"}' for i, width in enumerate(widths)]
+    return markdown_table(lines)
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Cells -> a Markdown table that is readable as text, too; the first line is the head, numbers stand right."""
+    head, *body = lines
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    ruler = [f'{"-" * (width - 1)}{":" if i else "-"}' for i, width in enumerate(widths)]
     return '\n'.join('| ' + ' | '.join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(
-        zip(line, widths, strict=True))) + ' |' for line in lines)
+        zip(line, widths, strict=True))) + ' |' for line in (head, ruler, *body))
 
 
 @contextmanager

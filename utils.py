@@ -4,6 +4,7 @@ import io
 import os
 import platform
 import re
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -169,11 +170,11 @@ def PrintModelSize(model: nn.Module, disp: bool = True) -> int:
 
 
 def VisualizeFilter(model: nn.Module, path: str | Path | None = None, *, before: nn.Module | None = None,
-                    titles: Sequence[str] = ('before training', 'after training'), title: str = '') -> np.ndarray:
+                    titles: Sequence[str] | None = None, title: str = '') -> np.ndarray:
     """Tile the 3x3 colour filters of the first layer into one image in true colours (Q1c).
 
-    before: the same network before training, drawn beside it. All filters share one scale, on which mid-grey is
-    zero. Saves a picture when given a path. Returns what it drew: (height, width, 3) floats in [0, 1].
+    before: the same network before training, drawn beside it. titles: what stands above them, if anything else. All
+    filters share one scale, on which mid-grey is zero. Saves a picture when given a path. Returns what it drew: (height, width, 3) floats in [0, 1].
     """
     filters = [_first_filters(network) for network in ([model] if before is None else [before, model])]
     limit = max(f.abs().max().item() for f in filters) or 1.0
@@ -181,9 +182,10 @@ def VisualizeFilter(model: nn.Module, path: str | Path | None = None, *, before:
     if path is not None:
         height, width, _ = images[0].shape
         figure = Figure(figsize=(7 * len(images), 7 * height / width + 1.2), layout='constrained')
-        figure.suptitle(f'Filters of the first layer\n{title}', fontsize=11)
+        _head(figure, f'Filters of the first layer\n{title}')
+        titles = titles or (['before training', 'after training'] if before is not None else [''])
         panels = figure.subplots(1, len(images), squeeze=False)[0]
-        for panel, image, name in zip(panels, images, titles if before is not None else [''], strict=True):
+        for panel, image, name in zip(panels, images, titles, strict=True):
             panel.imshow(image, interpolation='nearest')
             panel.set_title(name)
             panel.axis('off')
@@ -223,14 +225,14 @@ def plot_curves(runs: Mapping[str, Sequence], path: Path, title: str) -> Path:
     one standard deviation over seeds.
     """
     figure = Figure(figsize=(11, 4.6), layout='constrained')
-    figure.suptitle(f'{title}\ndashed: training, solid: validation, dot: best epoch', fontsize=11)
+    _head(figure, f'{title}\ndashed: training, solid: validation, dot: best epoch')
     panels = figure.subplots(1, 2)
     for color, (name, histories) in zip(_colors(len(runs)), runs.items(), strict=True):
         epochs = range(1, 1 + max(len(history['epoch']) for history in histories))
         curves = {f'{part}_{quantity}': _mean_std([scale * np.array(history[f'{part}_{quantity}'])
                                                    for history in histories])
                   for part in ('train', 'val') for quantity, scale in (('loss', 1), ('accuracy', 100))}
-        best = histories[0].best.epoch - 1 if len(histories) == 1 else curves['val_accuracy'][0].argmax()
+        best = max(range(len(epochs)), key=lambda i: (curves['val_accuracy'][0][i], -curves['val_loss'][0][i]))
         for panel, quantity in zip(panels, ('loss', 'accuracy'), strict=True):
             for part, style in (('train', '--'), ('val', '-')):
                 mean, deviation = curves[f'{part}_{quantity}']
@@ -269,7 +271,7 @@ def plot_against(x: Sequence[float], series: Mapping[str, Statistic], path: Path
         panel.errorbar(x, means, yerr=deviations if any(deviations) else None, marker='o', capsize=3, color=color,
                        label=name)
     panel.set(xlabel=xlabel, ylabel='accuracy (%)', xticks=x)
-    panel.set_title(title, fontsize=11)
+    _head(figure, title)
     panel.grid(alpha=0.3)
     panel.legend()
     return save_figure(figure, path)
@@ -288,9 +290,10 @@ def plot_bars(names: Sequence[str], series: Mapping[str, Statistic], path: Path,
     lowest = np.nanmin([np.subtract(*statistic) for statistic in series.values()])
     highest = np.nanmax([np.add(*statistic) for statistic in series.values()])
     margin = max(1.0, 0.15 * (highest - lowest))
-    panel.set(ylabel='accuracy (%)', ylim=(max(0, lowest - 2 * margin), highest + margin))
+    bottom = max(0, lowest - 2 * margin)
+    panel.set(ylabel=f'accuracy (%){", from " + format(bottom, ".0f") if bottom else ""}', ylim=(bottom, highest + margin))
     panel.set_xticks(range(len(names)), names, rotation=20 if len(names) > 6 else 0)
-    panel.set_title(title, fontsize=11)
+    _head(figure, title)
     panel.grid(axis='y', alpha=0.3)
     panel.set_axisbelow(True)
     panel.legend(loc='center left', bbox_to_anchor=(1.01, 0.5))
@@ -301,7 +304,7 @@ def plot_gallery(rows: Mapping[str, Tensor], path: Path, title: str) -> Path:
     """Rows of images: name -> (K, 3, 32, 32) float in [0, 1]."""
     columns = len(next(iter(rows.values())))
     figure = Figure(figsize=(1.0 * columns + 2, 1.05 * len(rows) + 0.6), layout='constrained')
-    figure.suptitle(title, fontsize=11)
+    _head(figure, title)
     panels = figure.subplots(len(rows), columns, squeeze=False)
     for line, (name, images) in zip(panels, rows.items(), strict=True):
         for panel, image in zip(line, images, strict=True):
@@ -309,6 +312,12 @@ def plot_gallery(rows: Mapping[str, Tensor], path: Path, title: str) -> Path:
             panel.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, rotation=0, ha='right', va='center')
     return save_figure(figure, path)
+
+
+def _head(figure: Figure, title: str) -> None:
+    """The title, its lines broken where they would not fit."""
+    width = int(10 * figure.get_figwidth())  # characters: ten to the inch
+    figure.suptitle('\n'.join(textwrap.fill(line, width) for line in title.splitlines()), fontsize=11)
 
 
 def _colors(count: int) -> list:

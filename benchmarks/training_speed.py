@@ -39,9 +39,16 @@ from torchvision import transforms
 import ex3_convnet
 import ex3_pretrained
 from datasets import cifar10
-from experiment import slug
+from experiment import markdown_table, slug
 from training import decay, duration, fit, make_optimizer, seed_everything
-from utils import describe_device, pick_device, pick_precision, save_figure, write_atomically
+from utils import (
+    describe_device,
+    keep_freed_memory,
+    pick_device,
+    pick_precision,
+    save_figure,
+    write_atomically,
+)
 
 STEPS = {'cpu': 3, 'cuda': 245}  # of one repetition; 245 are an epoch of 49,000 images
 REPETITIONS = 7
@@ -132,7 +139,8 @@ def usual(script: ModuleType, config: Any, data: cifar10.Data, device: torch.dev
                                  weight_decay=config.reg)
 
     def run() -> float:
-        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.benchmark = False  # both as they are by default, not as the project has them
+        keep_freed_memory(False)
         start = time.perf_counter()
         total_loss, correct = 0.0, 0
         for images, labels in loader:
@@ -145,7 +153,7 @@ def usual(script: ModuleType, config: Any, data: cifar10.Data, device: torch.dev
             total_loss += loss.item()
             correct += (logits.argmax(1) == labels).sum().item()
         seconds = time.perf_counter() - start
-        torch.backends.cudnn.benchmark = device.type == 'cuda'
+        pick_device(str(device))  # as the project has them again
         return len(loader) * config.batch_size / seconds
 
     return Way(run, training_flops(model, torch.randn(2, 3, 32, 32, device=device)))
@@ -170,7 +178,7 @@ def project(script: ModuleType, config: Any, data: cifar10.Data, device: torch.d
     inputs, _ = task.train.batch(torch.arange(2, device=device))
     features = None
     if task.seconds:
-        features = {'images': 2 * len(data.train) + len(data.val) + len(data.test), 'seconds': task.seconds}
+        features = {'images': 2 * len(data.train), 'seconds': task.seconds}
     return Way(run, training_flops(task.model.train(), inputs), features)
 
 
@@ -299,7 +307,7 @@ def growth(name: str, way: str, options: Options, precision: str, folder: Path) 
     data = load_data(options, options.steps or STEPS['cpu'])
     config = configure(CASES[name], options, data, precision, folder)
     before = peak_resident_memory()
-    made = (usual if way == USUAL else project)(CASES[name].script, config, data, torch.device('cpu'))
+    made = (usual if way == USUAL else project)(CASES[name].script, config, data, pick_device('cpu'))
     made.run()
     made.run()
     return peak_resident_memory() - before
@@ -362,7 +370,7 @@ def table(record: dict) -> str:
     ceiling = {key: spread([value / 1e9 for case in record['cases'].values() for value in case['ceiling'][key]], ',.0f')
                for key in ('fp32', 'bf16', 'copy')}
     return '\n'.join([
-        markdown(speeds), '', markdown(limits), '',
+        markdown_table(speeds), '', markdown_table(limits), '',
         f'Median (smallest–largest) of {record["repetitions"]} repetitions of {record["steps"]} steps of '
         f'{record["batch_size"]} images, in turns; ratios within each turn; an epoch is {record["epoch_images"]:,} '
         f'images.', '',
@@ -370,12 +378,6 @@ def table(record: dict) -> str:
         f'the project in {record["precision"]} ({record["reason"]}).',
         f'- Ceiling: a matrix product does {ceiling["fp32"]} GFLOP/s in {record["fp32"]} and {ceiling["bf16"]} in '
         f'bf16; a copy moves {ceiling["copy"]} GB/s.', *notes])
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A table, its first row the head."""
-    rows = [rows[0], ['---', *['---:'] * (len(rows[0]) - 1)], *rows[1:]]
-    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
 
 
 def plot(record: dict, path: Path) -> Path:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def load(data: str, data_root: Path, num_training: int, num_validation: int) -> 
         source, classes = 'built-in shapes (not CIFAR-10)', shapes.CLASSES
         pool, test = Split(*shapes.make_shapes(2000, seed=0)), Split(*shapes.make_shapes(1000, seed=1))
     elif name != 'cifar10':
-        root = Path(data).resolve()
+        root = Path(data).expanduser().resolve()
         if not root.is_dir():
             raise ValueError(f"data must be 'auto', 'cifar10', 'shapes' or a folder with train/<class>/* and "
                              f"test/<class>/*, but there is no folder {data}")
@@ -102,7 +103,7 @@ def _load_cifar10(root: Path) -> tuple[Sequence[str], Split, Split]:
         try:
             with _network_timeout():
                 train = CIFAR10(root, train=True, download=True)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, HTTPException) as error:
             raise RuntimeError(f'CIFAR-10 {state} and could not be downloaded ({error}): {HOW_TO_DOWNLOAD}') from error
     pool, test = (Split(torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets))
                   for part in (train, CIFAR10(root, train=False)))

@@ -31,7 +31,7 @@ def test_every_experiment_runs_to_its_pictures(name, tmp_path, capsys):
 def test_several_seeds_give_rows_of_their_own_and_one_line_with_a_deviation(tmp_path, capsys):
     assert main([*TINY, '--experiment', 'Q2a', '--seeds', '0', '1', '--results', str(tmp_path)]) == 0
     results = read_summary(tmp_path / 'ex3_convnet' / 'Q2a' / 'summary.csv')
-    assert [(r.run, r.seed) for r in results] == [('plain', 0), ('batch norm', 0), ('plain', 1), ('batch norm', 1)]
+    assert [(r.run, r.seed) for r in results] == [('plain', 0), ('plain', 1), ('batch norm', 0), ('batch norm', 1)]
     assert (tmp_path / 'ex3_convnet' / 'Q2a' / 'summary.md').read_text().count('±') >= 2
 
 

@@ -1,5 +1,6 @@
 """The transfer-learning script: three modes, the cache of features, and weights that cannot be had."""
 from dataclasses import replace
+from http.client import BadStatusLine
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_cached_features_give_the_losses_of_the_live_backbone_on_the_same_flips(
 
 def test_features_are_those_of_the_plain_and_the_mirrored_image(weights, data):
     model = VggModel(2, fine_tune=False, weights=weights).eval()
-    features, _ = ex3_pretrained.cached_features(str(weights), 'fp32', data)
+    features, _ = ex3_pretrained.cached_features(str(weights), 'fp32', data, True)
     images = (data.train.images.float() / 255 - torch.tensor(ex3_pretrained.IMAGENET_MEAN).view(3, 1, 1)
               ) / torch.tensor(ex3_pretrained.IMAGENET_STD).view(3, 1, 1)
     with torch.no_grad():
@@ -109,6 +110,14 @@ def test_features_are_those_of_the_plain_and_the_mirrored_image(weights, data):
             torch.testing.assert_close(features['train'].images[:, view], model.extract(oracle), rtol=1e-3, atol=1e-4)
     assert torch.equal(features['train'].labels, data.train.labels)
     assert features['val'].images.shape == (6, 1, 512)  # validation images are never mirrored
+
+
+def test_without_a_flip_no_mirrored_features_are_made(weights, data):
+    config = Config(mode='frozen', weights=str(weights), batch_size=12, flip=0.0)
+    cached = build(config, data)
+    assert cached.train.split.images.shape == (24, 1, 512)
+    inputs, _ = cached.train.batch(torch.arange(3))
+    assert torch.equal(inputs, cached.train.split.images[:3, 0])
 
 
 def test_other_augmentation_runs_the_backbone_live(weights, data):
@@ -141,11 +150,49 @@ def test_without_weights_the_scratch_run_goes_on_and_the_others_are_reported(tmp
     assert [result.status.split(':')[0] for result in results] == ['not run', 'not run', 'finished']
 
 
+@pytest.mark.parametrize('downloaded', [True, False])
 def test_runs_that_lacked_weights_are_made_up_for_once_they_are_there(tmp_path, offline, weights, few_test_images,
-                                                                     monkeypatch, capsys):
+                                                                     monkeypatch, capsys, downloaded):
+    assert main(options(tmp_path)) == 1
+    if downloaded:
+        monkeypatch.setattr(vgg, '_imagenet_file', lambda: weights)
+    assert main(options(tmp_path, *([] if downloaded else ['--weights', str(weights)]))) == 0
+    assert 'scratch, seed 0: finished before, not repeated' in capsys.readouterr().out
+    assert [folder.name for folder in (tmp_path / 'ex3_pretrained').iterdir()] == ['Q4b']
+
+
+def test_weights_are_known_by_their_content(tmp_path, weights, few_test_images, capsys):
+    arguments = options(tmp_path, '--experiment', 'Q4a', '--weights')
+    assert main([*arguments, str(weights)]) == 0
+    copy = tmp_path / 'moved.pt'
+    copy.write_bytes(weights.read_bytes())
+    assert main([*arguments, str(copy)]) == 0
+    assert 'frozen, seed 0: finished before, not repeated' in capsys.readouterr().out
+    torch.save({key: tensor * 1.1 for key, tensor in torch.load(weights).items()}, copy)
+    assert main([*arguments, str(copy)]) == 0
+    assert {folder.name for folder in (tmp_path / 'ex3_pretrained').iterdir()} == {'Q4a', 'Q4a-2'}
+    summary = (tmp_path / 'ex3_pretrained' / 'Q4a-2' / 'summary.md').read_text()
+    assert 'moved weights' in summary.splitlines()[0]  # every plot and table says what was started from
+
+
+def test_filters_show_pretrained_beside_scratch_whichever_was_trained_first(tmp_path, offline, weights, few_test_images,
+                                                                            monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(ex3_pretrained, 'VisualizeFilter', lambda *_, before, titles, **__: shown.append(
+        (before is not None, titles)))
+    assert main(options(tmp_path)) == 1
+    assert main(options(tmp_path, '--weights', str(weights), '--seeds', '1')) == 0
+    assert shown == [(False, ['scratch']), (True, ['frozen (as pretrained)', 'scratch'])]
+    results = read_summary(tmp_path / 'ex3_pretrained' / 'Q4b' / 'summary.csv')
+    assert list(dict.fromkeys(result.run for result in results)) == ['frozen', 'fine-tuned', 'scratch']
+
+
+def test_a_proxy_that_talks_nonsense_counts_as_offline(tmp_path, offline, monkeypatch, capsys):
+    def nonsense(*_args, **_kwargs):
+        raise BadStatusLine('GARBAGE')
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', nonsense)
     assert main(options(tmp_path, '--experiment', 'Q4a')) == 1
-    monkeypatch.setattr(vgg, '_imagenet_file', lambda: weights)
-    assert main(options(tmp_path, '--experiment', 'Q4a')) == 0
+    assert 'could not be downloaded' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('content', [b'garbage', None], ids=['garbage', 'missing'])
@@ -156,6 +203,20 @@ def test_weights_that_cannot_be_read_are_status_2(tmp_path, capsys, content):
     assert main(options(tmp_path, '--weights', str(path))) == 2
     errors = capsys.readouterr().err
     assert 'w.pth' in errors and errors.count('\n') == 1
+
+
+@pytest.mark.parametrize('spoil', [
+    lambda t: t.to_sparse(), lambda t: t.to('meta'), lambda t: t.int(), lambda t: t.bool(), lambda t: t.to(torch.complex64),
+    lambda t: t * torch.nan, lambda t: t.double() * 1e300, lambda t: -t.abs() - 1],
+    ids=['sparse', 'meta', 'integers', 'booleans', 'complex', 'nan', 'too large', 'negative'])
+def test_tensors_that_are_no_weights_are_status_2(tmp_path, weights, capsys, spoil):
+    path = tmp_path / 'spoilt.pt'
+    state = torch.load(weights)
+    torch.save(state | {'features.1.running_var': spoil(state['features.1.running_var'])}, path)
+    assert main(options(tmp_path, '--experiment', 'Q4a', '--weights', str(path))) == 2
+    errors = capsys.readouterr().err
+    assert 'spoilt.pt' in errors and errors.count('\n') == 1
+    assert not list(tmp_path.rglob('result.json'))
 
 
 @pytest.mark.parametrize('wrong', [['--mode', 'half'], ['--batch-size', '1'], ['--layer-config', '100', '10'],
