@@ -195,6 +195,8 @@ def cached_features(weights: str, precision: str, data: cifar10.Data,
             views.append(extract(model, replace(split, images=split.images.flip(-1)), precision, f'{part}, mirrored'))
         features[part] = replace(split, images=torch.stack(views, dim=1))
         if part == 'train':
+            if device.type == 'cuda':
+                torch.cuda.synchronize(device)
             seconds = time.perf_counter() - start
     return features, seconds
 

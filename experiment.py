@@ -37,7 +37,15 @@ from training import (
     reading,
     seed_everything,
 )
-from utils import PrintModelSize, describe_device, pick_device, pick_precision, plot_curves, write_atomically
+from utils import (
+    PrintModelSize,
+    describe_device,
+    is_out_of_memory,
+    pick_device,
+    pick_precision,
+    plot_curves,
+    write_atomically,
+)
 
 # Constants that do not change what a run is. `data_root` only says where `data` was found: a moved clone goes on.
 NOT_IDENTITY = ('results', 'seeds', 'device', 'data_root')
@@ -168,7 +176,7 @@ def run(script: Script, argv: Sequence[str] | None) -> int:
     except OSError as error:  # no space, no permission, a file where a folder should be
         message = f'{error}: mend that or choose another folder with --results; the same command continues'
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or 'allocate memory' in str(error)):
+        if not is_out_of_memory(error):
             raise
         message = 'out of memory: lower the constant batch_size (for example to half), or close other programs'
     print(f'{script.name}: error: {message}', file=sys.stderr)
@@ -274,7 +282,7 @@ def parse(script: Script, argv: Sequence[str] | None) -> tuple[str, dict[str, An
 
 def _differences(config: Any, constants: Any, hidden: Iterable[str] = ('experiment', 'results', 'device', 'data_root'),
                  ) -> str:
-    """What a row or the command line has changed, but for `hidden`: "norm_layer='BN', num_epochs=5"; of paths the end."""
+    """What a row or the command line has changed, but for `hidden`: "norm_layer='BN', num_epochs=5"."""
     return ', '.join(f'{key}={(Path(value).name if isinstance(value, str) else value)!r}'
                      for key, value in vars(config).items() if key not in hidden and value != getattr(constants, key))
 

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from utils import autocast, first_sentence, plot_curves, write_atomically
+from utils import autocast, first_sentence, is_out_of_memory, plot_curves, write_atomically
 
 SECONDS_BETWEEN_CHECKPOINTS = 10
 
@@ -77,9 +78,9 @@ def reading(path: Path) -> Iterator[None]:
     """Turn whatever a damaged or foreign file makes its reader raise into one message, a ValueError."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f'{path} is missing, damaged or not of this run ({type(error).__name__}: '
                          f'{first_sentence(error)}): delete {path.parent} to train this run again') from error
 
@@ -161,7 +162,7 @@ class TrainingStep:
         self.use_graph = use_graph and self.device.type == 'cuda'
         self.calls, self.graph = 0, None
         if self.use_graph:
-            self.stream = torch.cuda.Stream(self.device)
+            self.stream = _capture_stream(self.device)
 
     def __call__(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Train on the images `index` (B,); returns the mean loss and the number classified right, as tensors.
@@ -203,6 +204,12 @@ class TrainingStep:
         with torch.no_grad():
             plain_loss = F.cross_entropy(logits, labels) if self.label_smoothing else loss.detach()
             return plain_loss, (logits.argmax(1) == labels).sum()
+
+
+@lru_cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all runs: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 @torch.no_grad()

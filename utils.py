@@ -59,6 +59,12 @@ def first_sentence(error: Exception) -> str:
     return re.split(r'\. |\n', str(error).strip())[0]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was what an error was about, in the words of the CPU, of CUDA, cuBLAS and cuDNN."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in (
+        'allocate memory', 'out of memory', 'ALLOC_FAILED', 'unable to find an engine'))
+
+
 def describe_device(device: torch.device) -> str:
     """'NVIDIA H200', or the processor's name and the number of threads."""
     if device.type == 'cuda':
@@ -77,7 +83,8 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
     if name != 'auto':
         return name, 'as asked'
     if device.type == 'cuda':
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
         return ('bf16', 'native on this GPU') if native else ('fp32', 'this GPU has no bf16')
     if device.type != 'cpu' or not _cpu_has_bf16():
         return 'fp32', 'no native bf16 instructions'
@@ -174,7 +181,8 @@ def VisualizeFilter(model: nn.Module, path: str | Path | None = None, *, before:
     """Tile the 3x3 colour filters of the first layer into one image in true colours (Q1c).
 
     before: the same network before training, drawn beside it. titles: what stands above them, if anything else. All
-    filters share one scale, on which mid-grey is zero. Saves a picture when given a path. Returns what it drew: (height, width, 3) floats in [0, 1].
+    filters share one scale, on which mid-grey is zero. Saves a picture when given a path. Returns what it drew:
+    (height, width, 3) floats in [0, 1].
     """
     filters = [_first_filters(network) for network in ([model] if before is None else [before, model])]
     limit = max(f.abs().max().item() for f in filters) or 1.0
@@ -291,7 +299,7 @@ def plot_bars(names: Sequence[str], series: Mapping[str, Statistic], path: Path,
     highest = np.nanmax([np.add(*statistic) for statistic in series.values()])
     margin = max(1.0, 0.15 * (highest - lowest))
     bottom = max(0, lowest - 2 * margin)
-    panel.set(ylabel=f'accuracy (%){", from " + format(bottom, ".0f") if bottom else ""}', ylim=(bottom, highest + margin))
+    panel.set(ylabel=f'accuracy (%), from {bottom:.0f}' if bottom else 'accuracy (%)', ylim=(bottom, highest + margin))
     panel.set_xticks(range(len(names)), names, rotation=20 if len(names) > 6 else 0)
     _head(figure, title)
     panel.grid(axis='y', alpha=0.3)

@@ -264,13 +264,13 @@ def measure(name: str, options: Options, data: cifar10.Data, device: torch.devic
     config = configure(case, options, data, precision, folder)
     ways, memory = {}, {}
     for way, make in ((USUAL, usual), (PROJECT, project)):
-        if device.type == 'cuda':
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
+        before = torch.cuda.memory_allocated(device) if device.type == 'cuda' else 0
         seed_everything(0)
         ways[way] = make(case.script, config, data, device)
-        ways[way].run()  # warm-up
+        ways[way].run()  # warm-up; cuDNN's search takes memory that training does not need
         if device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats(device)
+            ways[way].run()
             memory[way] = torch.cuda.max_memory_allocated(device) - before
     workers, ways[WITH_WORKERS] = fastest_workers(lambda count: usual(case.script, config, data, device, count))
     speeds, ceilings = {way: [] for way in WAYS}, []
@@ -396,7 +396,7 @@ def plot(record: dict, path: Path) -> Path:
             text = f'{speed:,.0f}' + (f'   ({speed / middle[0]:.1f}x)' if row else '')
             panel.annotate(text, (max(speeds[row]), row), xytext=(6, 0), textcoords='offset points', va='center',
                            fontweight='bold' if way == PROJECT else None)
-        panel.set_title(name, loc='left', fontsize=11)
+        panel.set_title(name + (', on features made once' if case['features'] else ''), loc='left', fontsize=11)
         panel.set(xlim=(0, 1.25 * max(map(max, speeds))), xticks=[])
         panel.invert_yaxis()
         panel.spines[['top', 'right', 'bottom']].set_visible(False)

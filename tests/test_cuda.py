@@ -177,6 +177,22 @@ def test_the_graph_trains_on_the_images_it_is_given():
     assert len({loss for loss, _ in replayed}) == len(indices)
 
 
+def test_no_step_waits_for_the_gpu():
+    step = make_step(**EVERYTHING)
+    losses_of(step, 4)
+    losses = torch.zeros(3, device=DEVICE)
+    indices = torch.arange(192, device=DEVICE).split(64)
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        for i, index in enumerate(indices):
+            set_learning_rate(step.optimizer, 1e-3 / (i + 1))
+            step.average.set_step(i)
+            losses[i], _ = step(index)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    assert losses.isfinite().all() and losses.all()
+
+
 def test_no_warning_is_shown():
     with warnings.catch_warnings():
         warnings.simplefilter('error')

@@ -154,9 +154,14 @@ def test_the_network_follows_the_number_of_classes(run, tmp_path):
     assert status == 0 and 'num_classes: 10 instead of 7' in out
 
 
-def test_out_of_memory_names_the_constant_to_lower(run, monkeypatch):
+@pytest.mark.parametrize('error', [
+    torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB'), MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    RuntimeError('CUDA error: out of memory'), RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED'),
+    RuntimeError('FIND was unable to find an engine to execute this computation')], ids=str)
+def test_out_of_memory_names_the_constant_to_lower(run, monkeypatch, error):
     def exhausted(*_args, **_kwargs):
-        raise experiment.torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+        raise error
     monkeypatch.setattr(experiment, 'fit', exhausted)
     status, _, errors = run()
     assert status == 2 and 'batch_size' in errors and errors.count('\n') == 1

@@ -206,8 +206,8 @@ def test_weights_that_cannot_be_read_are_status_2(tmp_path, capsys, content):
 
 
 @pytest.mark.parametrize('spoil', [
-    lambda t: t.to_sparse(), lambda t: t.to('meta'), lambda t: t.int(), lambda t: t.bool(), lambda t: t.to(torch.complex64),
-    lambda t: t * torch.nan, lambda t: t.double() * 1e300, lambda t: -t.abs() - 1],
+    lambda t: t.to_sparse(), lambda t: t.to('meta'), lambda t: t.int(), lambda t: t.bool(),
+    lambda t: t.to(torch.complex64), lambda t: t * torch.nan, lambda t: t.double() * 1e300, lambda t: -t.abs() - 1],
     ids=['sparse', 'meta', 'integers', 'booleans', 'complex', 'nan', 'too large', 'negative'])
 def test_tensors_that_are_no_weights_are_status_2(tmp_path, weights, capsys, spoil):
     path = tmp_path / 'spoilt.pt'
