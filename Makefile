@@ -1,14 +1,20 @@
 # make run   - question 1 (or: make run ARGS="--experiment Q2a")
 # make test  - the tests
+# make report - every question into REPORT.md, three seeds (make report SCALE=cpu: reduced, some hours of a CPU)
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: run test
+SCALE ?= full
+
+.PHONY: run test report
 run: .venv/installed
 	$(PY) ex3_convnet.py $(ARGS)
 
 test: .venv/installed
 	$(PY) -m pytest $(ARGS)
+
+report: .venv/installed
+	$(PY) report.py --scale $(SCALE) $(ARGS)
 
 # Written last, so that an interrupted installation is taken up again, and a finished one never repeated.
 .venv/installed: requirements.txt

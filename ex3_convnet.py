@@ -98,10 +98,11 @@ JITTER = dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)
 GREY = dict(greyscale=0.2)
 Q2B = dict(num_epochs=50, seeds=(0, 1, 2))  # several repetitions
 Q3 = dict(norm_layer='BN', num_epochs=30, **{key: 0 for key in (FLIP | CROP | AFFINE | JITTER | GREY)}, cutout=0)
-STRENGTHS = {
-    'crop_padding': (2, 4, 8), 'degrees': (5, 15, 30), 'translate': (0.05, 0.1, 0.2),
-    'jitter': (0.1, 0.3, 0.5),  # of brightness, contrast and saturation; a sixth of it of hue
-}
+STRENGTHS = (
+    {f'crop_padding {n}': dict(crop_padding=n) for n in (2, 4, 8)}
+    | {f'degrees {n}': dict(degrees=n) for n in (5, 15, 30)}
+    | {f'translate {x}': dict(translate=x) for x in (0.05, 0.1, 0.2)}
+    | {f'jitter {x}': dict(brightness=x, contrast=x, saturation=x, hue=x / 6) for x in (0.1, 0.3, 0.5)})
 BEST = dict(
     norm_layer='BN', num_epochs=100, optimizer='SGD', schedule='one-cycle', learning_rate=0.15, reg=5e-4,
     label_smoothing=0.1, ema_decay=0.99, **FLIP, **CROP, cutout=8)
@@ -112,10 +113,7 @@ EXPERIMENTS = {
     'Q3a': {
         'none': Q3, 'flip': Q3 | FLIP, 'crop': Q3 | CROP, 'flip + crop': Q3 | FLIP | CROP, 'affine': Q3 | AFFINE,
         'colour jitter': Q3 | JITTER, 'greyscale': Q3 | GREY, 'all': Q3 | FLIP | CROP | AFFINE | JITTER | GREY},
-    'Q3a-strength': {'none': Q3} | {
-        f'{name} {value}': Q3 | (dict(brightness=value, contrast=value, saturation=value, hue=value / 6)
-                                 if name == 'jitter' else {name: value})
-        for name, values in STRENGTHS.items() for value in values},
+    'Q3a-strength': {'none': Q3} | {run: Q3 | row for run, row in STRENGTHS.items()},
     'Q3b': {f'p = {p / 10}': Q3 | dict(dropout=p / 10) for p in range(10)},
     'best': {'best': BEST},
     'ingredients': {
@@ -177,15 +175,9 @@ def build(config: Config, data: cifar10.Data) -> experiment.Task:
 def figures(done: experiment.Experiment) -> list[Path]:
     """Draw the pictures of one experiment's question; returns their paths."""
     name = next(iter(done.rows.values())).experiment
-    if name == 'Q1':
-        return [filters(done)]
-    if name == 'Q2b':
-        return [best_against_latest(done)]
-    if name == 'Q3a':
-        return [bars(done), gallery(done)]
-    if name in ('Q3a-strength', 'ingredients'):
-        return [bars(done)]
-    return [against_dropout(done)] if name == 'Q3b' else []
+    draw = {'Q1': [filters], 'Q2b': [best_against_latest], 'Q3a': [bars, gallery], 'Q3a-strength': [bars],
+            'Q3b': [against_dropout], 'ingredients': [bars]}
+    return [picture(done) for picture in draw.get(name, [])]
 
 
 def filters(done: experiment.Experiment) -> Path:
@@ -211,7 +203,7 @@ def best_against_latest(done: experiment.Experiment) -> Path:
 
 
 def bars(done: experiment.Experiment) -> Path:
-    """Q3a: training and validation accuracy of each run's best model."""
+    """Training and validation accuracy of each run's best model."""
     series = {'training': done.statistic('best_train_accuracy'), 'validation': done.statistic('best_val_accuracy')}
     return plot_bars(list(done.histories), series, done.folder / 'accuracy.png', f'{done.title}\nbest model of a run')
 
@@ -243,7 +235,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def script() -> experiment.Script:
-    return experiment.Script(Path(__file__).stem, Config, EXPERIMENTS, QUESTIONS, check, load_data, build, figures)
+    """What this script brings along."""
+    return experiment.Script(
+        Path(__file__).stem, constants=Config, experiments=EXPERIMENTS, questions=QUESTIONS, check=check,
+        load_data=load_data, build=build, figures=figures)
 
 
 if __name__ == '__main__':

@@ -20,7 +20,8 @@ from tqdm import tqdm
 import experiment
 from datasets import cifar10
 from datasets.augment import Crop, Cutout, Flip
-from models.vgg import VggModel, WeightsUnavailable
+from models.vgg import VggModel
+from models.weights import WeightsUnavailable
 from utils import VisualizeFilter, autocast, plot_bars
 
 __all__ = ['Config', 'EXPERIMENTS', 'VggModel', 'main']
@@ -105,6 +106,7 @@ def check(config: Config) -> None:
 
 def load_data(config: Config) -> cifar10.Data:
     """The images of the constants `data`, `num_training` and `num_validation`; ValueError if they cannot be had."""
+    cached_features.cache_clear()  # those of an earlier experiment are not needed any more
     data = cifar10.load(config.data, config.data_root, config.num_training, config.num_validation)
     weights = 'ImageNet' if config.weights == 'imagenet' else Path(config.weights).stem
     return replace(data, source=f'{data.source}, {weights} weights')  # so that every plot and table names them
@@ -177,7 +179,7 @@ class FeatureBatches(cifar10.Batches):
         return torch.where(mirrored[:, None], images[:, -1], images[:, 0])
 
 
-@lru_cache(maxsize=2)  # the seeds of one experiment share them
+@lru_cache(maxsize=2)  # the seeds of one experiment share them; two, as one row may flip and another not
 def cached_features(weights: str, precision: str, data: cifar10.Data,
                     mirrored: bool) -> tuple[dict[str, cifar10.Split], float]:
     """(features by part, the seconds that those for training took).
@@ -221,7 +223,8 @@ def figures(done: experiment.Experiment) -> list[Path]:
     paths = [plot_bars(runs, series, done.folder / 'accuracy.png', f'{done.title}\nbest model of a run')]
     shown = {}  # pretrained beside scratch: the first run of each
     for scratch in (False, True):
-        for run in [run for run in runs if (done.rows[run].mode == 'scratch') == scratch][:1]:
+        run = next((run for run in runs if (done.rows[run].mode == 'scratch') == scratch), None)
+        if run:
             config = done.rows[run]
             seed = next(result.seed for result in done.results if result.run == run and result.best_epoch)
             model = VggModel(config.num_classes, fine_tune=True, pretrained=False, layer_config=config.layer_config)
@@ -238,8 +241,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def script() -> experiment.Script:
-    return experiment.Script(Path(__file__).stem, Config, EXPERIMENTS, QUESTIONS, check, load_data, build, figures,
-                             identity)
+    """What this script brings along."""
+    return experiment.Script(
+        Path(__file__).stem, constants=Config, experiments=EXPERIMENTS, questions=QUESTIONS, check=check,
+        load_data=load_data, build=build, figures=figures, identity=identity)
 
 
 if __name__ == '__main__':

@@ -50,7 +50,7 @@ from utils import (
 # Constants that do not change what a run is. `data_root` only says where `data` was found: a moved clone goes on.
 NOT_IDENTITY = ('results', 'seeds', 'device', 'data_root')
 
-# Constants that a plot's title shows in words, or that do not change what a run is.
+# Constants left out of a title's second line: the first line has them, or they do not change what a run is.
 SHOWN_OTHERWISE = ('experiment', 'data', 'weights', 'num_training', 'num_classes', 'precision', *NOT_IDENTITY)
 
 # Ranges of the constants that both scripts have, ends included.
@@ -114,7 +114,7 @@ class Experiment:
     def add(self, result: Result, history: History) -> None:
         """Remember how a run ended, in the order of the table whatever the order in which they ran."""
         order = list(self.rows).index
-        self.results = sorted([*self.results, result], key=lambda one: order(one.run))
+        self.results = sorted([*self.results, result], key=lambda one: (order(one.run), one.seed))
         if history.epochs:
             self.histories.setdefault(result.run, []).append(history)
             self.histories = dict(sorted(self.histories.items(), key=lambda one: order(one[0])))
@@ -154,7 +154,7 @@ class Script(NamedTuple):
     load_data: Callable[[Any], Any]  # constants -> `Data`
     build: Callable[[Any, Any], Task]  # constants, data -> what is trained; raises NotRun
     figures: Callable[[Experiment], list[Path]]  # draws what the question asks to see
-    identity: Callable[[Any], dict] = asdict  # constants -> those that say what a run is, and a few that do not
+    identity: Callable[[Any], dict] = asdict  # constants -> what decides whether two runs are the same
 
 
 def run(script: Script, argv: Sequence[str] | None) -> int:
@@ -231,7 +231,8 @@ def _resolve(rows: dict[str, Any], device: torch.device, load_data: Callable) ->
         if config.precision not in precisions:
             precisions[config.precision], reason = pick_precision(config.precision, device)
             print(f'device: {describe_device(device)}; precision: {precisions[config.precision]} ({reason})')
-        wanted = config.data, config.data_root, config.num_training, config.num_validation
+        wanted = (config.data, config.data_root, config.num_training, config.num_validation,
+                  getattr(config, 'weights', None))  # which its source names
         if wanted not in loaded:
             loaded[wanted] = load_data(config).to(device)
             _introduce(loaded[wanted], config)
@@ -486,7 +487,7 @@ def _summarise(experiment: Experiment) -> list[Path]:
 
 def read_summary(path: Path) -> list[Result]:
     """Read summary.csv."""
-    with path.open(newline='') as file:
+    with path.open(newline='', encoding='utf-8') as file:
         return [Result(**{f.name: _parse_cell(row[f.name], f.type) for f in fields(Result)})
                 for row in csv.DictReader(file)]
 

@@ -22,7 +22,10 @@ from torch.nn import functional as F
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' (CUDA, else CPU) or any torch device that works here. Raises ValueError for one that does not."""
+    """'auto' (CUDA, else CPU) or any torch device that works here. Raises ValueError for one that does not.
+
+    Also has cuDNN search for the fastest algorithms or, on a CPU, freed memory kept.
+    """
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
@@ -38,20 +41,17 @@ def pick_device(name: str) -> torch.device:
     return torch.device('cpu') if device.type == 'cpu' else device  # tensors saved on cpu:1 could not be loaded
 
 
-def keep_freed_memory(keep: bool = True) -> None:
-    """Let the C library reuse a step's memory in the next one instead of giving it back to the system.
+def keep_freed_memory() -> None:
+    """Let glibc reuse a step's memory in the next one instead of giving it back to the system.
 
-    Pages that the system hands out anew are zeroed first, a tenth of a training step and more. `keep=False` is what
-    glibc arrives at by itself. Other C libraries have no such switch: nothing happens.
+    Fresh pages from the system must be zeroed first, which takes up to a tenth of a training step. Other C libraries
+    have no such switch: nothing happens.
     """
-    mmap_max, mmap_threshold, trim_threshold = -4, -3, -1  # of glibc's malloc.h
+    mmap_max, trim_threshold = -4, -1  # of glibc's malloc.h
     with suppress(AttributeError, OSError, TypeError):  # macOS and musl; Windows
         libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0 if keep else 2**16)
-        libc.mallopt(trim_threshold, 2**31 - 1 if keep else 2**26)
-        if not keep:
-            libc.mallopt(mmap_threshold, 2**25)
-            libc.malloc_trim(0)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def first_sentence(error: Exception) -> str:
@@ -180,9 +180,9 @@ def VisualizeFilter(model: nn.Module, path: str | Path | None = None, *, before:
                     titles: Sequence[str] | None = None, title: str = '') -> np.ndarray:
     """Tile the 3x3 colour filters of the first layer into one image in true colours (Q1c).
 
-    before: the same network before training, drawn beside it. titles: what stands above them, if anything else. All
-    filters share one scale, on which mid-grey is zero. Saves a picture when given a path. Returns what it drew:
-    (height, width, 3) floats in [0, 1].
+    before: a second network, drawn on the left (Q1c: the same one before training). titles: one for each network,
+    from left to right. All filters share one scale, on which mid-grey is zero. Saves a picture when given a path.
+    Returns what it drew: (height, width, 3) floats in [0, 1].
     """
     filters = [_first_filters(network) for network in ([model] if before is None else [before, model])]
     limit = max(f.abs().max().item() for f in filters) or 1.0
@@ -190,7 +190,7 @@ def VisualizeFilter(model: nn.Module, path: str | Path | None = None, *, before:
     if path is not None:
         height, width, _ = images[0].shape
         figure = Figure(figsize=(7 * len(images), 7 * height / width + 1.2), layout='constrained')
-        _head(figure, f'Filters of the first layer\n{title}')
+        _set_title(figure, f'Filters of the first layer\n{title}')
         titles = titles or (['before training', 'after training'] if before is not None else [''])
         panels = figure.subplots(1, len(images), squeeze=False)[0]
         for panel, image, name in zip(panels, images, titles, strict=True):
@@ -233,7 +233,7 @@ def plot_curves(runs: Mapping[str, Sequence], path: Path, title: str) -> Path:
     one standard deviation over seeds.
     """
     figure = Figure(figsize=(11, 4.6), layout='constrained')
-    _head(figure, f'{title}\ndashed: training, solid: validation, dot: best epoch')
+    _set_title(figure, f'{title}\ndashed: training (during the epoch), solid: validation, dot: best epoch')
     panels = figure.subplots(1, 2)
     for color, (name, histories) in zip(_colors(len(runs)), runs.items(), strict=True):
         epochs = range(1, 1 + max(len(history['epoch']) for history in histories))
@@ -254,7 +254,7 @@ def plot_curves(runs: Mapping[str, Sequence], path: Path, title: str) -> Path:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
     if losses := [history['train_loss'] for histories in runs.values() for history in histories]:
-        # Training and validation from the start, but one spike of a jumpy validation must not flatten all the rest.
+        # Show all losses from the start, but do not let one spike of the validation flatten the other curves.
         top = panels[0].get_ylim()[1]
         panels[0].set_ylim(0, min(top, 2 * max(map(max, losses))))
     if any(runs):
@@ -279,7 +279,7 @@ def plot_against(x: Sequence[float], series: Mapping[str, Statistic], path: Path
         panel.errorbar(x, means, yerr=deviations if any(deviations) else None, marker='o', capsize=3, color=color,
                        label=name)
     panel.set(xlabel=xlabel, ylabel='accuracy (%)', xticks=x)
-    _head(figure, title)
+    _set_title(figure, title)
     panel.grid(alpha=0.3)
     panel.legend()
     return save_figure(figure, path)
@@ -301,7 +301,7 @@ def plot_bars(names: Sequence[str], series: Mapping[str, Statistic], path: Path,
     bottom = max(0, lowest - 2 * margin)
     panel.set(ylabel=f'accuracy (%), from {bottom:.0f}' if bottom else 'accuracy (%)', ylim=(bottom, highest + margin))
     panel.set_xticks(range(len(names)), names, rotation=20 if len(names) > 6 else 0)
-    _head(figure, title)
+    _set_title(figure, title)
     panel.grid(axis='y', alpha=0.3)
     panel.set_axisbelow(True)
     panel.legend(loc='center left', bbox_to_anchor=(1.01, 0.5))
@@ -312,7 +312,7 @@ def plot_gallery(rows: Mapping[str, Tensor], path: Path, title: str) -> Path:
     """Rows of images: name -> (K, 3, 32, 32) float in [0, 1]."""
     columns = len(next(iter(rows.values())))
     figure = Figure(figsize=(1.0 * columns + 2, 1.05 * len(rows) + 0.6), layout='constrained')
-    _head(figure, title)
+    _set_title(figure, title)
     panels = figure.subplots(len(rows), columns, squeeze=False)
     for line, (name, images) in zip(panels, rows.items(), strict=True):
         for panel, image in zip(line, images, strict=True):
@@ -322,9 +322,9 @@ def plot_gallery(rows: Mapping[str, Tensor], path: Path, title: str) -> Path:
     return save_figure(figure, path)
 
 
-def _head(figure: Figure, title: str) -> None:
+def _set_title(figure: Figure, title: str) -> None:
     """The title, its lines broken where they would not fit."""
-    width = int(10 * figure.get_figwidth())  # characters: ten to the inch
+    width = int(11.5 * figure.get_figwidth())  # about 11.5 characters fit into an inch
     figure.suptitle('\n'.join(textwrap.fill(line, width) for line in title.splitlines()), fontsize=11)
 
 

@@ -8,6 +8,7 @@
 Everything is measured in one process and in turns, so that whatever else the machine does touches all alike.
 benchmarks/README.md says what is compared, and what was tried.
 """
+import ctypes
 import io
 import json
 import multiprocessing
@@ -17,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -41,14 +42,7 @@ import ex3_pretrained
 from datasets import cifar10
 from experiment import markdown_table, slug
 from training import decay, duration, fit, make_optimizer, seed_everything
-from utils import (
-    describe_device,
-    keep_freed_memory,
-    pick_device,
-    pick_precision,
-    save_figure,
-    write_atomically,
-)
+from utils import describe_device, pick_device, pick_precision, save_figure, write_atomically
 
 STEPS = {'cpu': 3, 'cuda': 245}  # of one repetition; 245 are an epoch of 49,000 images
 REPETITIONS = 7
@@ -140,7 +134,7 @@ def usual(script: ModuleType, config: Any, data: cifar10.Data, device: torch.dev
 
     def run() -> float:
         torch.backends.cudnn.benchmark = False  # both as they are by default, not as the project has them
-        keep_freed_memory(False)
+        give_back_freed_memory()
         start = time.perf_counter()
         total_loss, correct = 0.0, 0
         for images, labels in loader:
@@ -157,6 +151,17 @@ def usual(script: ModuleType, config: Any, data: cifar10.Data, device: torch.dev
         return len(loader) * config.batch_size / seconds
 
     return Way(run, training_flops(model, torch.randn(2, 3, 32, 32, device=device)))
+
+
+def give_back_freed_memory() -> None:
+    """Undo `keep_freed_memory`: the limits at which glibc arrives by itself."""
+    mmap_max, mmap_threshold, trim_threshold = -4, -3, -1  # of glibc's malloc.h
+    with suppress(AttributeError, OSError, TypeError):  # macOS and musl; Windows
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 2**16)
+        libc.mallopt(mmap_threshold, 2**25)
+        libc.mallopt(trim_threshold, 2**26)
+        libc.malloc_trim(0)
 
 
 # --- this project -------------------------------------------------------------------------------------------
@@ -393,7 +398,7 @@ def plot(record: dict, path: Path) -> Path:
                  [max(v) - m for m, v in zip(middle, speeds, strict=True)]]
         panel.barh(WAYS, middle, xerr=reach, color=['#b8b8b8', '#8c8c8c', 'tab:blue'], height=0.75, capsize=3)
         for row, (way, speed) in enumerate(zip(WAYS, middle, strict=True)):
-            text = f'{speed:,.0f}' + (f'   ({speed / middle[0]:.1f}x)' if row else '')
+            text = f'{speed:,.0f}' + (f'   ({median(ratios(speeds[row], speeds[0])):.1f}x)' if row else '')
             panel.annotate(text, (max(speeds[row]), row), xytext=(6, 0), textcoords='offset points', va='center',
                            fontweight='bold' if way == PROJECT else None)
         panel.set_title(name + (', on features made once' if case['features'] else ''), loc='left', fontsize=11)

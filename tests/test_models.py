@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ex3_convnet import ConvNet, PrintModelSize
 from ex3_pretrained import VggModel
-from models import vgg
+from models import weights as weights_module
 
 HIDDEN = [128, 512, 512, 512, 512]
 
@@ -190,7 +190,7 @@ def test_cached_imagenet_weights_with_the_right_hash_are_used(vgg_file, tmp_path
     digest = hashlib.sha256(vgg_file.read_bytes()).hexdigest()[:8]
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     fake = type('W', (), {'IMAGENET1K_V1': type('V', (), {'url': f'https://example.invalid/vgg11_bn-{digest}.pth'})})
-    monkeypatch.setattr(vgg, 'VGG11_BN_Weights', fake)
+    monkeypatch.setattr(weights_module, 'VGG11_BN_Weights', fake)
     (tmp_path / 'checkpoints').mkdir()
     (tmp_path / 'checkpoints' / f'vgg11_bn-{digest}.pth').write_bytes(vgg_file.read_bytes())
     model = VggModel(10, fine_tune=True)

@@ -11,7 +11,7 @@ import training
 from datasets import cifar10
 from ex3_pretrained import Config, build, main
 from experiment import read_summary
-from models import vgg
+from models import weights as weights_module
 from models.vgg import VggModel
 from training import TrainingStep, make_optimizer, seed_everything
 
@@ -155,7 +155,7 @@ def test_runs_that_lacked_weights_are_made_up_for_once_they_are_there(tmp_path, 
                                                                      monkeypatch, capsys, downloaded):
     assert main(options(tmp_path)) == 1
     if downloaded:
-        monkeypatch.setattr(vgg, '_imagenet_file', lambda: weights)
+        monkeypatch.setattr(weights_module, '_imagenet_file', lambda: weights)
     assert main(options(tmp_path, *([] if downloaded else ['--weights', str(weights)]))) == 0
     assert 'scratch, seed 0: finished before, not repeated' in capsys.readouterr().out
     assert [folder.name for folder in (tmp_path / 'ex3_pretrained').iterdir()] == ['Q4b']
