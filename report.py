@@ -19,7 +19,6 @@ from types import ModuleType
 from typing import Literal, NamedTuple
 
 import tyro
-from PIL import Image
 
 import ex3_convnet
 import ex3_pretrained
@@ -28,7 +27,6 @@ from training import duration
 from utils import write_atomically
 
 HERE = Path(__file__).parent
-LARGEST_PICTURE = 150_000  # bytes
 
 
 class Part(NamedTuple):
@@ -123,8 +121,6 @@ def collect(name: str, options: Options) -> None:
         made, published = newest / f'{picture}.png', target / f'{name}-{picture}.png'
         if made.exists():
             shutil.copyfile(made, published)
-            if published.stat().st_size > LARGEST_PICTURE:  # photographs: 256 colours are enough
-                Image.open(made).convert('RGB').quantize(256).save(published, optimize=True)
         else:  # no run could be done
             published.unlink(missing_ok=True)
 
