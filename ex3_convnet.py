@@ -2,7 +2,7 @@
 """Exercise 3, questions 1 to 3: a ConvNet on CIFAR-10.
 
 Edit the constants below, run `python ex3_convnet.py`, look at the plots whose paths it prints at the end.
-Every constant is a command-line option, too: `python ex3_convnet.py --experiment Q2a --num-epochs 5`.
+Every constant is also a command-line option: `python ex3_convnet.py --experiment Q2a --num-epochs 5`.
 """
 import sys
 from collections.abc import Sequence
@@ -11,134 +11,158 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 
-import experiment
-from datasets import cifar10
 from datasets.augment import Affine, ColorJitter, Crop, Cutout, Flip, Greyscale
+from datasets.batches import Batches
+from datasets.cifar10 import Data
+from lab.answers import accuracies, best_accuracies, confusion, mistakes
+from lab.constants import Question, read_constants
+from lab.errors import ends_in_a_sentence
+from lab.experiment import Experiment
+from lab.pictures import plot_gallery
+from lab.plots import plot_against, plot_best_and_latest, plot_strengths
+from lab.results import SETS
+from lab.run import Run
 from models.convnet import ConvNet, weights_init
-from utils import PrintModelSize, VisualizeFilter, plot_against, plot_bars, plot_gallery
+from optimizers import make_optimizer
+from training import evaluate_kept, fit, make_schedule, seed_everything
+from utils import PrintModelSize, VisualizeFilter
 
-__all__ = ['Config', 'ConvNet', 'EXPERIMENTS', 'PrintModelSize', 'VisualizeFilter', 'main', 'weights_init']
+__all__ = ['Config', 'ConvNet', 'PrintModelSize', 'QUESTIONS', 'VisualizeFilter', 'main', 'weights_init']
 
 
 @dataclass(frozen=True)
 class Config:
     """A ConvNet on CIFAR-10: questions 1 to 3 of the exercise. Each option is a constant at the top of the script."""
-    experiment: str = 'Q1'  # Q1, Q2a, Q2b, Q3a, Q3a-strength, Q3b, best or ingredients: see EXPERIMENTS below
+    experiment: str = 'Q1'  # Q1, Q2a, Q2b, Q3a, Q3a-strength, Q3b, fast, best or ingredients
 
     # Data
-    data: str = 'auto'  # 'auto' (CIFAR-10, or shapes if it cannot be had), 'cifar10', 'shapes' or an image folder
+    data: str = 'auto'  # 'auto' (CIFAR-10, or shapes if it cannot be downloaded), 'cifar10', 'shapes' or a folder
     data_root: Path = Path(__file__).parent / 'datasets'  # where CIFAR-10 is, or is downloaded to
     num_training: int = 49000  # images to train on, of 50,000
-    num_validation: int = 1000  # images to validate on, taken from the end; a fifth of the images at most
+    num_validation: int = 1000  # images to validate on: the last of the training set, at most a fifth of it
     results: Path = Path('results')  # folder of all plots, tables and weights
-    seeds: tuple[int, ...] = (0,)  # one run each; several give mean and deviation: 0 1 2 (Q2b sets its own)
+    seeds: tuple[int, ...] = (0,)  # 0 1 2 repeats every run; tables show mean ± std (Q2b sets its own)
 
     # Model
     input_size: int = 3  # channels of an image: red, green, blue
-    num_classes: int = 10  # follows the data where that has another number
-    hidden_size: tuple[int, ...] = (128, 512, 512, 512, 512)  # filters of each block (round brackets here)
+    num_classes: int = 10  # replaced by the number of classes in the data
+    hidden_size: tuple[int, ...] = (128, 512, 512, 512, 512)  # filters per block
     norm_layer: Literal['BN'] | None = None  # None or BN, batch norm (Q2a)
-    dropout: float = 0.0  # p between the blocks, 0 to 0.9 (Q3b)
+    dropout: float = 0.0  # dropout probability between the blocks, 0 to 0.9 (Q3b)
 
     # Training
     num_epochs: int = 20  # 20 for Q1 and Q2a; the other questions set their own
-    batch_size: int = 200  # images a step
-    learning_rate: float = 2e-3  # at the start with decay, at the peak with one-cycle
-    learning_rate_decay: float = 0.95  # factor an epoch, for schedule decay
+    batch_size: int = 200  # images per step
+    learning_rate: float = 2e-3  # initial (decay) or peak (one-cycle)
+    learning_rate_decay: float = 0.95  # per-epoch factor (decay)
     reg: float = 0.001  # weight decay
     optimizer: Literal['Adam', 'SGD'] = 'Adam'  # SGD has Nesterov momentum 0.9
     schedule: Literal['decay', 'one-cycle'] = 'decay'  # one-cycle: up to learning_rate, then down to zero
-    warmup: float = 0.2  # share of the epochs that one-cycle climbs
+    warmup: float = 0.2  # fraction of the epochs spent warming up (one-cycle)
     label_smoothing: float = 0.0  # 0.1 spreads a tenth of the target over all classes
-    ema_decay: float = 0.0  # 0.99 keeps averaged weights, over about 100 steps; 0 keeps the weights as they are
-    patience: int | None = None  # stop after that many epochs without a better one; None never stops (Q2b)
+    ema_decay: float = 0.0  # 0.99: validate and keep a moving average over about 100 steps
+    patience: int | None = None  # stop after so many epochs without a better one; None never stops (Q2b)
 
-    # Augmentation, anew for every image of every batch (Q3a)
-    flip: float = 0.0  # probability of a horizontal flip: 0.5
-    crop_padding: int = 0  # shift by up to so many pixels: 4
-    degrees: float = 0.0  # rotate by up to so many degrees: 10
-    translate: float = 0.0  # shift by up to this share of the image: 0.1
-    scale: float = 0.0  # zoom by up to this share: 0.1
-    shear: float = 0.0  # shear by up to so many degrees: 5
-    brightness: float = 0.0  # factor from 1 - brightness to 1 + brightness: 0.3
-    contrast: float = 0.0  # likewise: 0.3
-    saturation: float = 0.0  # likewise: 0.3
-    hue: float = 0.0  # turn the hue by up to this share of the circle: 0.05
-    greyscale: float = 0.0  # probability of a grey image: 0.2
-    cutout: int = 0  # side of a blanked square: 8
+    # Augmentation, drawn independently for every image (Q3a)
+    flip: float = 0.0  # probability of a horizontal flip (try 0.5)
+    crop_padding: int = 0  # shift by up to so many pixels (try 4)
+    degrees: float = 0.0  # rotate by up to so many degrees (try 10)
+    translate: float = 0.0  # shift by up to this fraction of the image (try 0.1)
+    scale: float = 0.0  # zoom by up to this fraction (try 0.1)
+    shear: float = 0.0  # shear by up to so many degrees (try 5)
+    brightness: float = 0.0  # multiply by 1 - brightness to 1 + brightness (try 0.3)
+    contrast: float = 0.0  # likewise (try 0.3)
+    saturation: float = 0.0  # likewise (try 0.3)
+    hue: float = 0.0  # turn the hue by up to this fraction of the colour circle (try 0.05)
+    greyscale: float = 0.0  # probability of a grey image (try 0.2)
+    cutout: int = 0  # side of a blanked square (try 8)
 
     # Machine
     device: str = 'auto'  # 'auto' (a CUDA GPU, else the CPU) or a torch device: cpu, cuda, cuda:1
     precision: Literal['auto', 'fp32', 'bf16'] = 'auto'  # auto: bf16 where it is faster, else fp32
 
 
-RANGES = experiment.RANGES | {
-    'input_size': (3, 3), 'hidden_size': (1, 4096), 'dropout': (0, 0.95), 'degrees': (0, 180), 'translate': (0, 1),
-    'scale': (0, 0.9), 'shear': (0, 80), 'brightness': (0, 1), 'contrast': (0, 1), 'saturation': (0, 1),
-    'hue': (0, 0.5), 'greyscale': (0, 1),
-}
-
-QUESTIONS = {
-    'Q1': 'how well does the plain ConvNet classify, how large is it, and what do its first filters look like?',
-    'Q2a': 'what does batch norm change in the loss curves and the accuracy?',
-    'Q2b': 'is the model that was best on validation better than the latest one, with and without batch norm?',
-    'Q3a': 'which geometric and colour augmentations help?',
-    'Q3a-strength': 'how strong should an augmentation be?',
-    'Q3b': 'which dropout probability between the blocks is right?',
-    'best': 'how far does this very network go?',
-    'ingredients': 'what does each ingredient of the best recipe bring?',
-}
-
-# One row a run: what differs from the constants above. A row wins over an edited constant, the command line over both.
+# A question's runs, one per row: what differs from the constants above. The command line wins over a row.
+Q2B = dict(num_epochs=50, seeds=(0, 1, 2))  # several repetitions
+Q3 = dict(norm_layer='BN', num_epochs=30)
 FLIP, CROP = dict(flip=0.5), dict(crop_padding=4)
 AFFINE = dict(degrees=10, translate=0.1, scale=0.1, shear=5)
 JITTER = dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)
 GREY = dict(greyscale=0.2)
-Q2B = dict(num_epochs=50, seeds=(0, 1, 2))  # several repetitions
-Q3 = dict(norm_layer='BN', num_epochs=30, **{key: 0 for key in (FLIP | CROP | AFFINE | JITTER | GREY)}, cutout=0)
-STRENGTHS = (
-    {f'crop_padding {n}': dict(crop_padding=n) for n in (2, 4, 8)}
-    | {f'degrees {n}': dict(degrees=n) for n in (5, 15, 30)}
-    | {f'translate {x}': dict(translate=x) for x in (0.05, 0.1, 0.2)}
-    | {f'jitter {x}': dict(brightness=x, contrast=x, saturation=x, hue=x / 6) for x in (0.1, 0.3, 0.5)})
 BEST = dict(
     norm_layer='BN', num_epochs=100, optimizer='SGD', schedule='one-cycle', learning_rate=0.15, reg=5e-4,
     label_smoothing=0.1, ema_decay=0.99, **FLIP, **CROP, cutout=8)
-EXPERIMENTS = {
-    'Q1': {'ConvNet': {}},
-    'Q2a': {'plain': dict(norm_layer=None), 'batch norm': dict(norm_layer='BN')},
-    'Q2b': {'plain': Q2B | dict(norm_layer=None), 'batch norm': Q2B | dict(norm_layer='BN')},
-    'Q3a': {
+QUESTIONS = {
+    'Q1': Question('how well does the plain ConvNet classify, how large is it, what do its first filters look like?', {
+        'ConvNet': {}}),
+    'Q2a': Question('what does batch norm change in the loss curves and the accuracy?', {
+        'plain': dict(norm_layer=None), 'batch norm': dict(norm_layer='BN')}),
+    'Q2b': Question('is the model that was best on validation better than the latest, with and without batch norm?', {
+        'plain': Q2B | dict(norm_layer=None), 'batch norm': Q2B | dict(norm_layer='BN')}),
+    'Q3a': Question('which geometric and colour augmentations help?', {
         'none': Q3, 'flip': Q3 | FLIP, 'crop': Q3 | CROP, 'flip + crop': Q3 | FLIP | CROP, 'affine': Q3 | AFFINE,
-        'colour jitter': Q3 | JITTER, 'greyscale': Q3 | GREY, 'all': Q3 | FLIP | CROP | AFFINE | JITTER | GREY},
-    'Q3a-strength': {'none': Q3} | {run: Q3 | row for run, row in STRENGTHS.items()},
-    'Q3b': {f'p = {p / 10}': Q3 | dict(dropout=p / 10) for p in range(10)},
-    'best': {'best': BEST},
-    'ingredients': {
+        'colour jitter': Q3 | JITTER, 'greyscale': Q3 | GREY, 'all': Q3 | FLIP | CROP | AFFINE | JITTER | GREY}),
+    'Q3a-strength': Question('how strong should an augmentation be?', {
+        'none': Q3,
+        **{f'crop_padding {n}': Q3 | dict(crop_padding=n) for n in (2, 4, 8)},
+        **{f'degrees {n}': Q3 | dict(degrees=n) for n in (5, 15, 30)},
+        **{f'translate {x}': Q3 | dict(translate=x) for x in (0.05, 0.1, 0.2)},
+        **{f'jitter {x}': Q3 | dict(brightness=x, contrast=x, saturation=x, hue=x / 6) for x in (0.1, 0.3, 0.5)}}),
+    'Q3b': Question('which dropout probability between the blocks is right?', {
+        f'p = {p / 10}': Q3 | dict(dropout=p / 10) for p in range(10)}),
+    'best': Question('how far does this very network go?', {'best': BEST}),
+    'ingredients': Question('what does each ingredient of the best recipe bring?', {
         'all': BEST, 'Adam with decay': BEST | dict(optimizer='Adam', schedule='decay', learning_rate=2e-3, reg=0.001),
         'no flip + crop': BEST | dict(flip=0, crop_padding=0), 'no cutout': BEST | dict(cutout=0),
         'no label smoothing': BEST | dict(label_smoothing=0), 'no averaging': BEST | dict(ema_decay=0),
-        'no batch norm': BEST | dict(norm_layer=None, learning_rate=0.02)},
+        'no batch norm': BEST | dict(norm_layer=None, learning_rate=0.02)}),
 }
 
 
-def check(config: Config) -> None:
-    """Raise ValueError for a constant that cannot be meant."""
-    experiment.check_ranges(config, RANGES)
-    if len(config.hidden_size) > 5:
-        raise ValueError(f'hidden_size must name one to five blocks, since each halves the 32x32 image, '
-                         f'got {len(config.hidden_size)}')
+@ends_in_a_sentence
+def main(argv: Sequence[str] = ()) -> int:
+    """Run the experiment that the constants and the options in `argv` name; returns the exit status."""
+    name, rows = read_constants('ex3_convnet', Config(), QUESTIONS, argv)
+    for config in rows.values():
+        make_model(config, torch.device('meta'))  # refuses what cannot be built before anything is trained
+    with Experiment('ex3_convnet', name, QUESTIONS[name], rows, Config()) as experiment:
+        for run in experiment.runs():  # those that are not finished yet
+            train(run)
+        return experiment.conclude(PICTURES.get(name, []))
 
 
-def load_data(config: Config) -> cifar10.Data:
-    """The images of the constants `data`, `num_training` and `num_validation`; ValueError if they cannot be had."""
-    return cifar10.load(config.data, config.data_root, config.num_training, config.num_validation)
+def train(run: Run) -> None:
+    """One run of an experiment: from its constants and data to the accuracies of its best and its latest model."""
+    config = run.config
+    seed_everything(run.seed)
+    model = make_model(config, run.device)
+    batches, evaluation = make_batches(config, run.data)
+    optimizer = make_optimizer(config.optimizer, model, config.learning_rate, config.reg)
+    schedule = make_schedule(config.schedule, config.learning_rate, config.learning_rate_decay, config.num_epochs,
+                             config.warmup)
+    if run.begin(model):  # of a size that was not printed yet
+        PrintModelSize(model)  # Q1b
+    history = fit(model, batches, evaluation['val'], optimizer, schedule, run.folder,  # Q1a, Q2
+                  num_epochs=config.num_epochs, seed=run.seed, precision=config.precision, patience=config.patience,
+                  label_smoothing=config.label_smoothing, ema_decay=config.ema_decay, progress=run.progress)
+    run.finish(history, evaluate_kept(model, history, run.folder, evaluation, config.precision, run.label))  # Q2b
+
+
+def make_model(config: Config, device: torch.device) -> ConvNet:
+    """The network, its weights channels last in memory, which convolutions prefer."""
+    model = ConvNet(config.input_size, config.hidden_size, config.num_classes, config.norm_layer, config.dropout)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def make_batches(config: Config, data: Data) -> tuple[Batches, dict[str, Batches]]:
+    """(shuffled, augmented batches to train on, complete sets to evaluate on as they are: 'train', 'val', 'test')."""
+    batches = Batches(data.train, config.batch_size, augmentations=augmentations(config), shuffle=True)
+    return batches, {part: Batches(getattr(data, part)) for part in ('train', 'val', 'test')}
 
 
 def augmentations(config: Config) -> list:
-    """The augmentations whose constants are not zero, in the order in which they are applied."""
+    """The augmentations whose constants are not zero, in the order in which they are applied (Q3a)."""
     chosen = []
     if config.flip:
         chosen.append(Flip(config.flip))
@@ -155,91 +179,69 @@ def augmentations(config: Config) -> list:
     return chosen
 
 
-def make_model(config: Config, device: torch.device) -> nn.Module:
-    """The network, its weights channels last in memory, as convolutions like them best."""
-    model = ConvNet(config.input_size, config.hidden_size, config.num_classes, config.norm_layer, config.dropout)
-    return model.to(device, memory_format=torch.channels_last)
-
-
-def build(config: Config, data: cifar10.Data) -> experiment.Task:
-    """What one run trains and on what: only the training batches are augmented."""
-    model = make_model(config, data.train.images.device)
-    train = cifar10.Batches(data.train, config.batch_size, augmentations=augmentations(config))
-    evaluation = {part: cifar10.Batches(getattr(data, part)) for part in ('train', 'val', 'test')}
-    return experiment.Task(model, [dict(params=list(model.parameters()))], train, evaluation)
-
-
 # --- what each question asks to see -------------------------------------------------------------------------
 
 
-def figures(done: experiment.Experiment) -> list[Path]:
-    """Draw the pictures of one experiment's question; returns their paths."""
-    name = next(iter(done.rows.values())).experiment
-    draw = {'Q1': [filters], 'Q2b': [best_against_latest], 'Q3a': [bars, gallery], 'Q3a-strength': [bars],
-            'Q3b': [against_dropout], 'ingredients': [bars]}
-    return [picture(done) for picture in draw.get(name, [])]
-
-
-def filters(done: experiment.Experiment) -> Path:
+def filters(experiment: Experiment) -> Path:
     """Q1c: the first layer's filters before and after training."""
-    run, seed = next((result.run, result.seed) for result in done.results if result.best_epoch)
-    experiment.seed_everything(seed)
-    before = make_model(done.rows[run], done.device)
-    after = done.load(make_model(done.rows[run], done.device), run, seed)
-    path = done.folder / 'filters.png'
-    VisualizeFilter(after, path, before=before, title=done.title)
+    first, path = experiment.first_result(), experiment.folder / 'filters.png'
+    seed_everything(first.seed)
+    before = make_model(experiment.rows[first.run], experiment.device)
+    after = experiment.load(make_model(experiment.rows[first.run], experiment.device), first)
+    VisualizeFilter(after, path, before=before, change=True, title=experiment.title)
     return path
 
 
-def best_against_latest(done: experiment.Experiment) -> Path:
+def best_and_latest(experiment: Experiment) -> Path:
     """Q2b: the two models of each run on the training, validation and test set."""
-    names, series = [], {'best on validation': ([], []), 'latest': ([], [])}
-    for part, images in (('train', 'training'), ('val', 'validation'), ('test', 'test')):
-        names += [f'{run},\n{images}' for run in done.histories]
-        for which, statistic in zip(('best', 'last'), series.values(), strict=True):
-            for so_far, values in zip(statistic, done.statistic(f'{which}_{part}_accuracy'), strict=True):
-                so_far += values
-    return plot_bars(names, series, done.folder / 'best_against_latest.png', done.title)
+    rows = {run: {name: (experiment.accuracy(run, 'best', part), experiment.accuracy(run, 'last', part))
+                  for part, name in SETS.items()}
+            for run in experiment.histories}
+    return plot_best_and_latest(rows, experiment.folder / 'best_and_latest.png', experiment.title)
 
 
-def bars(done: experiment.Experiment) -> Path:
-    """Training and validation accuracy of each run's best model."""
-    series = {'training': done.statistic('best_train_accuracy'), 'validation': done.statistic('best_val_accuracy')}
-    return plot_bars(list(done.histories), series, done.folder / 'accuracy.png', f'{done.title}\nbest model of a run')
+def strengths(experiment: Experiment) -> Path:
+    """Q3a: accuracy against the strength of each augmentation."""
+    panels = {}
+    for run in experiment.histories:
+        name, _, strength = run.rpartition(' ')
+        if name:  # not 'none'
+            x, series = panels.setdefault(name.replace('_', ' '), ([], {'training': [], 'validation': []}))
+            x.append(float(strength))
+            for label, value in best_accuracies(experiment, run).items():
+                series[label].append(value)
+    return plot_strengths(panels, best_accuracies(experiment, 'none'), experiment.folder / 'accuracy.png',
+                          experiment.title)
 
 
-def gallery(done: experiment.Experiment) -> Path:
+def against_dropout(experiment: Experiment) -> Path:
+    """Q3b: training and validation accuracy of the best models, in evaluation mode, against p."""
+    runs = list(experiment.histories)
+    series = {label: [best_accuracies(experiment, run)[label] for run in runs] for label in ('training', 'validation')}
+    return plot_against([experiment.rows[run].dropout for run in runs], series, experiment.folder / 'dropout.png',
+                        experiment.title, xlabel='dropout probability p',
+                        chance=100 / experiment.rows[runs[0]].num_classes)
+
+
+def gallery(experiment: Experiment) -> Path:
     """Q3a: rows of augmentations, columns of versions of the same images."""
-    images = next(iter(done.data.values())).train.images[:3].repeat_interleave(3, 0).float() / 255
+    data = next(iter(experiment.data.values()))
+    images = data.train.images[:3].repeat_interleave(3, 0).float() / 255
     rows = {}
-    for run, config in done.rows.items():
+    for run, config in experiment.rows.items():
         rows[run] = images
-        generator = torch.Generator(done.device).manual_seed(0)
+        generator = torch.Generator(experiment.device).manual_seed(0)
         for augmentation in augmentations(config):
             rows[run] = augmentation(rows[run], generator)
-    return plot_gallery(rows, done.folder / 'gallery.png', f'{done.title}\nthree versions of three images')
+    return plot_gallery(rows, experiment.folder / 'gallery.png', experiment.title)
 
 
-def against_dropout(done: experiment.Experiment) -> Path:
-    """Q3b: training and validation accuracy of the best models, in evaluation mode, against p."""
-    return plot_against([done.rows[run].dropout for run in done.histories],
-                        {'training': done.statistic('best_train_accuracy'),
-                         'validation': done.statistic('best_val_accuracy')},
-                        done.folder / 'dropout.png', f'{done.title}\nbest model of each run, evaluation mode',
-                        'dropout probability p')
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment of the constants and the command line; returns the exit status."""
-    return experiment.run(script(), argv)
-
-
-def script() -> experiment.Script:
-    """What this script brings along."""
-    return experiment.Script(
-        Path(__file__).stem, constants=Config, experiments=EXPERIMENTS, questions=QUESTIONS, check=check,
-        load_data=load_data, build=build, figures=figures)
+PICTURES = {
+    'Q1': [filters, mistakes, confusion], 'Q2a': [mistakes, confusion], 'Q2b': [best_and_latest],
+    'Q3a': [accuracies, gallery], 'Q3a-strength': [strengths], 'Q3b': [against_dropout],
+    'best': [mistakes, confusion], 'ingredients': [accuracies],
+}
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -10,6 +10,7 @@ from `generator`, which lives on the images' device, and hands them to a functio
 Nothing here waits for the GPU or copies to it, and no shape depends on what was drawn, as CUDA graphs demand.
 """
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,20 +33,21 @@ class Crop:
     """(B, 3, H, W) float in [0, 1] -> same, each image shifted by up to `padding` pixels in x and in y.
 
     The border that comes into view is black, as with torchvision's RandomCrop(32, padding=4), the standard
-    for CIFAR-10.
+    for CIFAR-10; with mode 'reflect' it shows the image mirrored at its edge.
     """
     padding: int = 4
+    mode: Literal['zeros', 'reflect'] = 'zeros'
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         x = _randint(2 * self.padding + 1, images, generator)
         y = _randint(2 * self.padding + 1, images, generator)
-        return crop(images, x, y, self.padding)
+        return crop(images, x, y, self.padding, self.mode)
 
 
-def crop(images: Tensor, x: Tensor, y: Tensor, padding: int) -> Tensor:
-    """The H x W window of each zero-padded image from column x and row y on: int (B,), 0..2*padding."""
+def crop(images: Tensor, x: Tensor, y: Tensor, padding: int, mode: str = 'zeros') -> Tensor:
+    """The H x W window of each padded image from column x and row y on: int (B,), 0..2*padding."""
     batch, _, height, width = images.shape
-    padded = F.pad(images, (padding, padding, padding, padding))
+    padded = F.pad(images, (padding, padding, padding, padding), 'constant' if mode == 'zeros' else mode)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, y, x, H, W): a view of every crop
     return windows[torch.arange(batch, device=images.device), :, y, x]
 

@@ -2,7 +2,9 @@
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def weights_init(module: nn.Module) -> None:
@@ -44,3 +46,26 @@ class ConvNet(nn.Module):
         """(B, 3, 32, 32) normalised images -> (B, num_classes) logits."""
         x = self.features(images)  # (B, 512, 1, 1)
         return self.classifier(x.flatten(1))
+
+
+@torch.no_grad()
+def whiten_first_layer(model: nn.Module, images: Tensor) -> None:
+    """Start the first convolution from filters whose responses to these images are uncorrelated.
+
+    images: (N, 3, 32, 32), normalised. The filters are the principal components of the images' patches, each divided
+    by its standard deviation; then their negatives; then random rotations of them, as many as the layer has room for.
+    All are scaled together to the norm that the weights had. As in K. Jordan's cifar10-airbench (2024), where the
+    patches are 2x2.
+    """
+    weight = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d)).weight  # (filters, 3, 3, 3)
+    patches = F.unfold(images, weight.shape[2:])  # (N, 27, 900)
+    mean = patches.mean((0, 2))
+    covariance = (patches @ patches.mT).mean(0) / patches.shape[2] - mean.outer(mean)
+    variances, components = torch.linalg.eigh(covariance.cpu())  # in columns, the smallest variance first
+    whitening = (components / (variances + 0.01).sqrt()).T.flip(0)  # without 0.01, mere noise would become as strong
+    filters = torch.cat([whitening, -whitening])
+    while len(filters) < len(weight):
+        rotation, _ = torch.linalg.qr(torch.randn_like(covariance, device='cpu'))
+        filters = torch.cat([filters, rotation @ whitening])
+    filters = filters[:len(weight)].view(weight.shape).to(weight.device)
+    weight.copy_(filters * (weight.norm() / filters.norm()))

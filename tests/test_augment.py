@@ -10,19 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from datasets import augment
 from datasets.augment import Affine, ColorJitter, Crop, Cutout, Flip, Greyscale
 
-AUGMENTATIONS = [Flip(0.5), Crop(4), Affine(20, 0.1, 0.2, 15), Cutout(8), ColorJitter(0.4, 0.4, 0.4, 0.2),
-                 Greyscale(0.5)]
+AUGMENTATIONS = [Flip(0.5), Crop(4), Crop(2, 'reflect'), Affine(20, 0.1, 0.2, 15), Cutout(8),
+                 ColorJitter(0.4, 0.4, 0.4, 0.2), Greyscale(0.5)]
 each_augmentation = pytest.mark.parametrize('aug', AUGMENTATIONS, ids=lambda aug: type(aug).__name__)
 each_size = pytest.mark.parametrize('size', [(32, 32), (24, 24), (20, 28)], ids=str)
-
-
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    """Batches as small as these lose more by sharing the work between threads than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def seeded(seed=0):
@@ -96,15 +87,23 @@ def test_affine_turns_clockwise_and_moves_right_and_down():
 
 @each_size
 @pytest.mark.parametrize('padding', [1, 4])
-def test_crop_equals_slicing_the_padded_image(size, padding):
+@pytest.mark.parametrize('mode, oracles', [('zeros', 'constant'), ('reflect', 'reflect')])
+def test_crop_equals_slicing_the_padded_image(size, padding, mode, oracles):
     images = random_images(30, size)
     x, y = (integers(0, 2 * padding, len(images), seed) for seed in (2, 3))
 
     def slow(image, x, y):
-        padded = oracle.pad(image, [padding], fill=0)
+        padded = oracle.pad(image, [padding], fill=0, padding_mode=oracles)
         return padded[:, y:y + size[0], x:x + size[1]]
 
-    assert torch.equal(augment.crop(images, x, y, padding), one_by_one(slow, images, x, y))
+    assert torch.equal(augment.crop(images, x, y, padding, mode), one_by_one(slow, images, x, y))
+
+
+def test_crop_pads_with_black_unless_told_otherwise_and_draws_the_same_for_both():
+    images = random_images() + 1  # nothing in them is black
+    black, reflected = Crop(4)(images, seeded()), Crop(4, 'reflect')(images, seeded())
+    assert (black == 0).any() and not (reflected == 0).any()
+    assert torch.equal(torch.where(black == 0, reflected, black), reflected)
 
 
 @each_size
@@ -187,7 +186,7 @@ def test_flip_with_p_1_mirrors_every_image():
 def test_crop_offsets_are_uniform_over_their_whole_range(monkeypatch):
     calls = spy(monkeypatch, 'crop')
     Crop(padding=4)(torch.zeros(9 * 9 * 100, 3, 1, 1), seeded())
-    _, (x, y, _), _ = calls[0]
+    _, (x, y, *_), _ = calls[0]
     counts = torch.bincount(9 * y + x, minlength=9 * 9)
     assert len(counts) == 9 * 9
     assert counts.min() > 50 and counts.max() < 150  # 100 each, standard deviation 10
@@ -255,7 +254,8 @@ def test_successive_batches_are_augmented_differently(aug):
     assert not torch.equal(aug(images, generator), aug(images, generator))
 
 
-@pytest.mark.parametrize('aug', [Flip(0), Crop(0), Affine(), ColorJitter(), Greyscale(0), Cutout(0)], ids=str)
+@pytest.mark.parametrize('aug', [Flip(0), Crop(0), Crop(0, 'reflect'), Affine(), ColorJitter(), Greyscale(0),
+                                 Cutout(0)], ids=str)
 def test_zero_strength_changes_nothing(aug):
     images = random_images()
     assert_close(aug(images, seeded()), images, atol=1e-5, rtol=0)
@@ -303,6 +303,7 @@ def test_nothing_depends_on_values_and_nothing_is_made_on_another_device(aug):
 
 def test_repr_shows_the_strengths():
     assert [repr(aug) for aug in AUGMENTATIONS] == [
-        'Flip(p=0.5)', 'Crop(padding=4)', 'Affine(degrees=20, translate=0.1, scale=0.2, shear=15)',
+        'Flip(p=0.5)', "Crop(padding=4, mode='zeros')", "Crop(padding=2, mode='reflect')",
+        'Affine(degrees=20, translate=0.1, scale=0.2, shear=15)',
         'Cutout(size=8)', 'ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2)',
         'Greyscale(p=0.5)']

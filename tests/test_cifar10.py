@@ -1,18 +1,21 @@
-"""Loading, splitting and batches: nothing lost, nothing mixed up, nothing augmented that must not be."""
+"""Loading and splitting: the right images in the right order, and no doubt about which they are."""
+import os
 import pickle
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_folder import make_folder
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import calculate_md5
-from torchvision.transforms.functional import to_pil_image
 
 from datasets import cifar10
-from datasets.augment import Crop, Flip
-from datasets.cifar10 import Batches, Split, load, split
+from datasets.batches import Split
+from datasets.cifar10 import content_of, load, split
 
 
 @pytest.fixture
@@ -34,21 +37,6 @@ def official(tmp_path, monkeypatch):
     return tmp_path
 
 
-def make_folder(root: Path, classes=('ant', 'bee'), train=6, test=3, size=(32, 32)) -> Path:
-    """An image folder: every image one colour, red its class, green its number."""
-    for part, count in (('train', train), ('test', test)):
-        for label, name in enumerate(classes):
-            (root / part / name).mkdir(parents=True)
-            for i in range(count):
-                image = torch.zeros(3, *size, dtype=torch.uint8)
-                image[0], image[1] = 100 * label, 10 * i
-                to_pil_image(image).save(root / part / name / f'{i:04}.png')
-    return root
-
-
-# --- sources ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize('data', ['auto', 'cifar10'])
 def test_official_data_keeps_its_order_and_is_split_from_the_end(official, data):
     result = load(data, official, num_training=30, num_validation=10)
@@ -60,15 +48,36 @@ def test_official_data_keeps_its_order_and_is_split_from_the_end(official, data)
     assert len(result.test) == 20
 
 
-def test_auto_takes_the_shapes_when_there_is_no_data_and_no_network(tmp_path, no_network):
+def test_auto_takes_the_shapes_when_there_is_no_data_and_no_network_and_says_so(tmp_path, no_network):
     result = load('auto', tmp_path, 49000, 1000)
     assert (result.name, len(result.train), len(result.val), len(result.test)) == ('shapes', 1600, 400, 1000)
-    assert 'NOT CIFAR-10' in result.notes[0] and 'get_datasets.sh' in result.notes[0]
+    assert result.banner.startswith('NOT CIFAR-10') and 'get_datasets.sh' in result.banner and result.notes == ()
+    assert load('shapes', None, 49000, 1000).banner == ''  # that was asked for
 
 
-def test_cifar10_without_network_is_an_error_that_says_what_to_do(tmp_path, no_network):
-    with pytest.raises(ValueError, match='get_datasets.sh'):
+def test_cifar10_without_network_is_an_error_that_says_what_helps(tmp_path, no_network, monkeypatch):
+    with pytest.raises(ValueError, match=f'run datasets/get_datasets.sh .* and set data_root to {cifar10.HERE}, where'):
         load('cifar10', tmp_path, 49000, 1000)
+    monkeypatch.setattr(cifar10, 'HERE', tmp_path)
+    with pytest.raises(ValueError, match=r'get_datasets.sh URL\)$'):
+        load('cifar10', tmp_path, 49000, 1000)
+
+
+def test_a_folder_named_like_a_data_set_is_not_mistaken_for_it(tmp_path, no_network, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('cifar10', 'shapes'):
+        make_folder(tmp_path / name)
+    with pytest.raises(ValueError, match='for that, set data to ./cifar10$'):
+        load('cifar10', tmp_path, 100, 100)
+    assert load('./cifar10', tmp_path, 100, 100).name == str(tmp_path / 'cifar10')
+    assert any(note.endswith('set data to ./shapes') for note in load('shapes', tmp_path, 100, 100).notes)
+
+
+def test_the_folder_of_cifar10_itself_belongs_elsewhere_and_that_is_said(official):
+    itself = official / CIFAR10.base_folder
+    for data, data_root in ((itself, official), (official, official), ('cifar10', itself), ('auto', itself)):
+        with pytest.raises(ValueError, match=f"set data to 'cifar10' and data_root to {official}, "):
+            load(str(data), data_root, 100, 100)
 
 
 @pytest.mark.parametrize('data', ['auto', 'cifar10'])
@@ -88,59 +97,53 @@ def test_the_network_gets_a_timeout_only_while_downloading(tmp_path, monkeypatch
     assert seen == [cifar10.SECONDS_TO_ANSWER] and socket.getdefaulttimeout() is None
 
 
-def test_folder_images_keep_their_labels_and_are_shuffled_once(tmp_path):
-    root = make_folder(tmp_path, train=20)
-    first, second = load(str(root), tmp_path, 1000, 8), load(str(root), tmp_path, 1000, 8)
-    assert first.classes == ('ant', 'bee') and first.source == root.name and first.name == str(root.resolve())
-    for part in (first.train, first.val, first.test):
-        assert torch.equal(part.images[:, 0, 0, 0], (100 * part.labels).to(torch.uint8))
-    assert torch.equal(first.train.images, second.train.images)
-    assert len(set(first.val.labels.tolist())) == 2  # the files are sorted by class, the images no more
-    seen = torch.cat([first.train.images, first.val.images])[:, :2, 0, 0].tolist()
-    assert sorted(seen) == [[red, 10 * i] for red in (0, 100) for i in range(20)]
-
-
-def test_images_of_another_size_are_resized_and_it_is_said(tmp_path):
-    result = load(str(make_folder(tmp_path, size=(40, 50))), tmp_path, 100, 2)
-    assert result.train.images.shape[1:] == (3, 32, 32) and result.notes == ('18 of 18 images resized to 32x32',)
-    assert torch.equal(result.test.images[:, 0, 5, 5], (100 * result.test.labels).to(torch.uint8))
-
-
-def test_grey_png_and_jpeg_images_are_read_as_rgb(tmp_path):
-    root = make_folder(tmp_path)
-    grey = torch.full((1, 32, 32), 77, dtype=torch.uint8)
-    to_pil_image(grey).save(root / 'test' / 'ant' / 'a.png')
-    to_pil_image(grey).save(root / 'test' / 'ant' / 'b.JPG')
-    result = load(str(root), tmp_path, 100, 2)
-    assert (result.test.images == 77).flatten(1).all(1).sum() == 2
-
-
-@pytest.mark.parametrize('spoil, message', [
-    (lambda root: [p.unlink() for p in (root / 'train' / 'bee').iterdir()], 'bee holds no'),
-    (lambda root: (root / 'test' / 'cow').mkdir() or make_folder(root / 'x'), 'cow holds no'),
-    (lambda root: (root / 'train' / 'bee').rename(root / 'train' / 'wasp'), 'bee, wasp'),
-    (lambda root: (root / 'test').rename(root / 'tests'), 'no folder'),
-    (lambda root: (root / 'train' / 'ant' / '0001.png').write_bytes(b'\x89PNG'), '0001.png cannot be read'),
-], ids=['empty class', 'empty extra class', 'other classes', 'no test', 'unreadable'])
-def test_a_folder_that_does_not_fit_is_explained(tmp_path, spoil, message):
-    root = make_folder(tmp_path / 'images')
-    spoil(root)
-    with pytest.raises(ValueError, match=message):
-        load(str(root), tmp_path, 100, 2)
-
-
-def test_a_folder_needs_two_classes_and_five_training_images(tmp_path):
-    with pytest.raises(ValueError, match='two classes'):
-        load(str(make_folder(tmp_path / 'a', classes=('ant',))), tmp_path, 100, 2)
-    with pytest.raises(ValueError, match='at least 5'):
-        load(str(make_folder(tmp_path / 'b', train=2)), tmp_path, 100, 2)
+def test_an_image_folder_is_named_by_its_path_and_split(tmp_path):
+    result = load(str(make_folder(tmp_path / 'insects', train=25)), None, 1000, 10)
+    assert (result.name, result.source) == (str(tmp_path / 'insects'), 'insects') and result.classes == ('ant', 'bee')
+    assert (len(result.train), len(result.val), len(result.test)) == (40, 10, 6)
+    for part in (result.train, result.val, result.test):
+        assert torch.equal(part.images[:, 0, 0, 0].long(), 100 * part.labels)
 
 
 @pytest.mark.parametrize('data', ['nowhere', ''])
-def test_a_path_that_is_no_folder_is_an_error(data, tmp_path, monkeypatch):
+def test_a_path_that_is_no_image_folder_is_an_error(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match='data must be|no folder'):
         load(data, tmp_path, 100, 2)
+
+
+def numbered(labels) -> Split:
+    """Each pixel of image i is i."""
+    numbers = torch.arange(len(labels)).to(torch.uint8)
+    return Split(numbers.view(-1, 1, 1, 1).expand(-1, 3, 32, 32), torch.tensor(labels))
+
+
+@pytest.mark.parametrize('labels, training, validation, notes', [
+    ([0, 1, 2] * 25, 60, 15, []),
+    ([0, 1, 2] * 25, 40, 15, ['55 of 75 training images are used (num_training = 40, num_validation = 15)']),
+    ([2] + [0, 1] * 37, 60, 15, ['fewer than 5 validation images of cow (0): raise num_validation or add images']),
+    ([0, 1, 2] * 25, 66, 9, ['fewer than 5 validation images of ant (3), bee (3), cow (3): '
+                             'raise num_validation or add images']),
+    ([0, 1] * 30 + [0, 1, 2] * 5, 60, 15, ['fewer than 1 training images of cow (0): raise num_training or add images']),
+], ids=['nothing', 'unused', 'no validation images', 'hardly any', 'no training images'])
+def test_what_the_split_leaves_out_is_said(tmp_path, monkeypatch, labels, training, validation, notes):
+    monkeypatch.setattr(cifar10, 'load_folder',
+                        lambda root: (('ant', 'bee', 'cow'), numbered(labels), numbered([0, 1, 2]), ['of the folder']))
+    assert load(str(tmp_path), None, training, validation).notes == ('of the folder', *notes)
+
+
+def test_content_is_that_of_all_images_labels_and_names_and_of_nothing_else(tmp_path):
+    pool, test, classes = numbered([0, 1] * 5), numbered([1, 0]), ('ant', 'bee')
+    content = content_of(classes, pool, test)
+    assert content == '145d15a07cdc3d54757029908e470b349fbbaf538b82fdfa562fd8fee9bd6712'  # results are found by it: it must stay
+    assert content == content_of(list(classes), Split(pool.images.contiguous(), pool.labels), test)
+    brighter = Split(test.images.clone(), test.labels)
+    brighter.images[1, 2, 31, 31] += 1
+    others = [(classes, pool, brighter), (classes, pool, numbered([0, 1])), (('ant', 'wasp'), pool, test),
+              (classes, test, pool), (classes, pool[:9], test), (('antbee', ''), pool, test)]
+    assert len({content, *(content_of(*other) for other in others)}) == 1 + len(others)
+    first, second = make_folder(tmp_path / '1', train=25), make_folder(tmp_path / '2', train=25)
+    assert load(str(first), None, 40, 10).content == load(str(second), None, 20, 5).content
 
 
 # --- splitting ----------------------------------------------------------------------------------------------
@@ -156,55 +159,15 @@ def test_split_takes_validation_from_the_end_and_never_more_than_a_fifth(pool, t
     assert torch.equal(train.labels, numbers[:expected[0]]) and torch.equal(val.labels, numbers[pool - expected[1]:])
 
 
-# --- batches ------------------------------------------------------------------------------------------------
+def test_fewer_than_five_training_images_are_refused(tmp_path):
+    with pytest.raises(ValueError, match='at least 5 training images are needed, .*; there are 4$'):
+        load(str(make_folder(tmp_path, train=2)), tmp_path, 100, 2)
 
 
-@pytest.fixture
-def numbered():
-    """50 images; each pixel of image i is i, and so is its label."""
-    numbers = torch.arange(50)
-    return Split(numbers.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32).contiguous(), numbers)
-
-
-def test_evaluation_sees_every_image_once_and_in_order(numbered):
-    batches = list(Batches(numbered, 20))
-    assert [len(labels) for _, labels in batches] == [20, 20, 10]
-    assert torch.equal(torch.cat([labels for _, labels in batches]), numbered.labels)
-
-
-def test_training_drops_an_incomplete_last_batch_unless_it_is_the_only_one(numbered):
-    def sizes(batches):
-        return [len(index) for index in batches.shuffled()]
-    assert sizes(Batches(numbered, 20)) == [20, 20]
-    assert sizes(Batches(numbered, 50)) == sizes(Batches(numbered, 80)) == [50]
-
-
-def test_an_epoch_is_a_permutation_that_follows_from_the_generator(numbered):
-    def epoch(seed):
-        return torch.cat(list(Batches(numbered, 10).shuffled(torch.Generator().manual_seed(seed))))
-    assert torch.equal(epoch(0).sort().values, torch.arange(50))
-    assert torch.equal(epoch(0), epoch(0)) and not torch.equal(epoch(0), epoch(1))
-
-
-def test_labels_stay_with_their_images_and_pixels_are_normalised(numbered):
-    batches = Batches(numbered, 10, mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.2), augmentations=[Flip(0.5)])
-    for index in batches.shuffled():
-        images, labels = batches.batch(index)
-        assert images.is_contiguous(memory_format=torch.channels_last)
-        for channel, (mean, std) in enumerate(((0.1, 0.5), (0.2, 0.4), (0.3, 0.2))):
-            torch.testing.assert_close(images[:, channel, 3, 4], (labels / 255 - mean) / std)
-
-
-def test_validation_images_are_never_augmented():
-    images = torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8)
-    batches = Batches(Split(images, torch.zeros(30, dtype=torch.long)), 10, augmentations=[Flip(1.0), Crop(8)])
-    seen = torch.cat([inputs for inputs, _ in batches])
-    torch.testing.assert_close(seen, (images / 255 - 0.5) / 0.5)
-    assert not torch.equal(batches.batch(torch.arange(10))[0], seen[:10])  # training images are
-
-
-def test_augmentation_draws_anew_for_each_image_and_each_step(numbered):
-    images = torch.rand(1, 3, 32, 32).mul(255).to(torch.uint8).expand(40, -1, -1, -1)
-    batches = Batches(Split(images, torch.zeros(40, dtype=torch.long)), 40, augmentations=[Crop(4)])
-    first, second = (batches.batch(torch.arange(40))[0] for _ in range(2))
-    assert len(first.unique(dim=0)) > 20 and not torch.equal(first, second)
+def test_our_package_comes_before_an_installed_one_of_the_same_name(tmp_path):
+    (tmp_path / 'datasets').mkdir()
+    (tmp_path / 'datasets/__init__.py').touch()
+    root = Path(__file__).parents[1]
+    found = subprocess.run([sys.executable, '-c', 'import datasets; print(datasets.__file__)'], cwd=root, text=True,
+                           capture_output=True, env={**os.environ, 'PYTHONPATH': str(tmp_path)}, check=True).stdout
+    assert Path(found.strip()) == root / 'datasets/__init__.py'

@@ -1,0 +1,123 @@
+"""What a run leaves while it trains, so that it can be killed and continued: history.csv, best.pt, checkpoint.pt."""
+import copy
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lab.files import load_tensors, reading, save_tensors, to_csv, write_atomically
+from lab.history import Epoch, History
+from lab.progress import Progress
+
+SECONDS_BETWEEN_SAVES = 10  # at least, and 20 times as long as saving takes
+
+
+class Average:
+    """Exponential moving average of a model's weights and, at the same rate, of its batch norm statistics.
+
+    torch's AveragedModel copies its step count to the GPU at every update, which waits for the GPU; this does not.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay
+        self.pairs = [(average, current) for average, current in
+                      zip(self.model.state_dict().values(), model.state_dict().values(), strict=True)
+                      if average.is_floating_point()]
+        self.updates = torch.zeros((), device=self.pairs[0][0].device)
+
+    def update(self) -> None:
+        """Take in the model's weights; over fewer steps at first, so that the random start is soon forgotten."""
+        step_size = (9 / (10 + self.updates)).clamp(min=1 - self.decay)
+        for average, current in self.pairs:
+            average.lerp_(current, step_size)
+        self.updates += 1
+
+
+class Checkpoint:
+    """Continues an interrupted run, keeps its best weights, and saves the last whole epoch, whatever ends the `with`.
+
+    with Checkpoint(folder, model, optimizer, average, progress) as checkpoint:
+        checkpoint.history  # of an interrupted run, or empty
+        checkpoint.judged   # the network that is validated and kept: the model, or the average of its weights
+        checkpoint.add(Epoch(...))  # after each epoch
+
+    Raises DamagedFile for a checkpoint that cannot be read, OSError when the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, optimizer: Optimizer, average: Average | None,
+                 progress: Progress):
+        self.folder, self.model, self.optimizer, self.average = folder, model, optimizer, average
+        self.judged = average.model if average else model
+        self.progress = progress
+        self.history, self.best = History(), None
+        self.unsaved, self.saved_at, self.saving_takes = None, time.monotonic(), 0.0
+
+    def __enter__(self) -> 'Checkpoint':
+        if (self.folder / 'checkpoint.pt').exists():
+            with reading(self.folder / 'checkpoint.pt'):
+                self._load(load_tensors(self.folder / 'checkpoint.pt', next(self.model.parameters()).device))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.progress.close()
+        if self.unsaved:
+            try:
+                self._save()
+            except KeyboardInterrupt:
+                self._save()
+                raise
+        if kind is None and self.best is not None and not self.history.diverged:
+            save_tensors(self.judged.state_dict(), self.folder / 'last.pt')
+
+    def add(self, epoch: Epoch) -> None:
+        """Remember an epoch; save it, unless that was done a moment ago."""
+        self.history.epochs.append(epoch)
+        if self.history.best is epoch:
+            self.best = _clone(self.judged.state_dict())
+        self.unsaved = {
+            'best': self.best, 'epochs': [asdict(epoch) for epoch in self.history.epochs],
+            **_clone({'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
+                      'average': self.average and self.average.model.state_dict(),
+                      'updates': self.average and self.average.updates})}
+        if time.monotonic() - self.saved_at > max(SECONDS_BETWEEN_SAVES, 20 * self.saving_takes):
+            self._save()
+
+    def _save(self) -> None:
+        """Everything there is at the end of an epoch: weights before pictures, the checkpoint as what counts."""
+        start = time.monotonic()
+        saved = History([Epoch(**epoch) for epoch in self.unsaved['epochs']])
+        write_atomically(self.folder / 'history.csv', to_csv(Epoch, saved.epochs))
+        save_tensors(self.unsaved['best'], self.folder / 'best.pt')
+        save_tensors(self.unsaved, self.folder / 'checkpoint.pt')
+        self.unsaved = None
+        self.progress.draw(saved, self.folder)
+        self.saved_at = time.monotonic()
+        self.saving_takes = self.saved_at - start
+
+    def _load(self, state: dict) -> None:
+        self.judged.load_state_dict(state['best'])  # only to see that it fits, too
+        if self.average:
+            self.average.model.load_state_dict(state['average'])
+            self.average.updates.copy_(state['updates'])
+        self.model.load_state_dict(state['model'])
+        own = [{key: group[key] for key in ('lr', 'capturable') if key in group}
+               for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state['optimizer'])
+        for group, options in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(options)  # how this device wants them: the checkpoint may come from another
+        self.best, self.history = state['best'], History([Epoch(**epoch) for epoch in state['epochs']])
+
+
+def _clone(value: object) -> object:
+    """A copy of nested dicts and lists of tensors."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _clone(item) for key, item in value.items()}
+    return [_clone(item) for item in value] if isinstance(value, list) else value

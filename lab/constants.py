@@ -1,0 +1,144 @@
+"""Constants, the rows of an experiment and the command line -> the checked constants of every run."""
+import difflib
+import io
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+from typeguard import TypeCheckError, check_type
+
+Config = TypeVar('Config', bound='Constants')
+
+
+class Constants(Protocol):
+    """The constants that both scripts have and that this folder reads."""
+    experiment: str
+    data: str
+    data_root: Path
+    num_training: int
+    num_validation: int
+    results: Path
+    seeds: tuple[int, ...]
+    num_classes: int
+    num_epochs: int
+    learning_rate: float
+    device: str
+    precision: str
+
+
+# Of every number among the constants, ends included.
+RANGES = {
+    'num_training': (1, 10**9), 'num_validation': (1, 10**9), 'seeds': (0, 2**31), 'input_size': (3, 3),
+    'num_classes': (2, 10**6), 'hidden_size': (1, 4096), 'layer_config': (1, 10**5), 'dropout': (0, 0.95),
+    'num_epochs': (1, 10**5), 'batch_size': (1, 5000), 'learning_rate': (1e-9, 100), 'learning_rate_decay': (1e-3, 1),
+    'backbone_lr_scale': (0, 100), 'reg': (0, 10), 'warmup': (0, 0.9), 'label_smoothing': (0, 0.9),
+    'ema_decay': (0, 0.99999), 'patience': (1, 10**5), 'freeze_at': (0, 1), 'flip': (0, 1), 'crop_padding': (0, 31),
+    'degrees': (0, 180), 'translate': (0, 1), 'scale': (0, 0.9), 'shear': (0, 80), 'brightness': (0, 1),
+    'contrast': (0, 1), 'saturation': (0, 1), 'hue': (0, 0.5), 'greyscale': (0, 1), 'cutout': (0, 32),
+}
+
+
+
+@dataclass(frozen=True)
+class Question:
+    """What an experiment asks, and its runs: name -> the constants that differ from those at the top of the script."""
+    text: str
+    rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def read_constants(script: str, constants: Config, questions: Mapping[str, Question],
+                   argv: Sequence[str]) -> tuple[str, dict[str, Config]]:
+    """(the experiment's name, run -> its constants), all checked. Constants < row < command line.
+
+    Raises ValueError for what makes no sense, SystemExit for --help.
+    """
+    def read(row: Mapping[str, Any]) -> Config:
+        return _parse(script, _typed(replace(constants, **row)), argv)
+
+    name = read({}).experiment
+    if name not in questions:
+        raise ValueError(f'experiment must be one of {", ".join(questions)}, got {name!r}')
+    table = questions[name].rows
+    _check_table(name, table, {one.name for one in fields(constants)} - {'experiment', 'results', 'device'})
+    rows = {run: read(row) for run, row in table.items()}
+    for config in rows.values():
+        _check_ranges(config)
+    for key in {key: None for row in table.values() for key in row}:
+        compared = len({repr(row.get(key)) for row in table.values()}) > 1
+        values = {repr(getattr(config, key)) for config in rows.values()}
+        renamed = any(row.get(key) == run != getattr(rows[run], key) for run, row in table.items())
+        if renamed or compared and len(values) == 1:
+            raise ValueError(f'{name} compares values of {key}, but the command line or the constants make it '
+                             f'{values.pop()} in every run: leave {key} alone, or choose another experiment')
+    return name, rows
+
+
+def differences(config: Any, constants: Any, hidden: Sequence[str]) -> str:
+    """What a row or the command line has changed, but for `hidden`: "norm_layer='BN', num_epochs=5"."""
+    return ', '.join(f'{key}={(Path(value).name if isinstance(value, str) else value)!r}'
+                     for key, value in vars(config).items() if key not in hidden and value != getattr(constants, key))
+
+
+def slug(run: str) -> str:
+    """A run's name -> its folder: 'flip + crop' -> 'flip+crop', 'p = 0.1' -> 'p=0.1', 'batch norm' -> 'batch-norm'."""
+    return re.sub(r'[^\w.+=]+', '-', re.sub(r' ([+=]) ', r'\1', run))
+
+
+def _parse(script: str, default: Config, argv: Sequence[str]) -> Config:
+    """The command line over `default`; ValueError, one sentence, where tyro would print a box of lines."""
+    try:
+        with redirect_stderr(io.StringIO()) as box:
+            return tyro.cli(type(default), args=list(argv), default=default, prog=f'{script}.py')
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+        lines = [line.strip('│╭╮╰╯─ ') for line in box.getvalue().splitlines()[1:]]
+        message = ' '.join(lines[:lines.index('')] if '' in lines else lines)
+        if near := re.search(r'Perhaps you meant: (--[\w-]+)', ' '.join(filter(None, lines))):
+            message += f': did you mean {near[1]}?'
+        raise ValueError(f'{message} (all options: python {script}.py --help)') from None
+
+
+def _check_table(name: str, table: Mapping[str, Mapping], allowed: set[str]) -> None:
+    """Raise ValueError for a row that sets what is not a constant of a run, and for runs that would share a folder."""
+    for run, row in table.items():
+        for key in row.keys() - allowed:
+            near = difflib.get_close_matches(key, sorted(allowed), n=1, cutoff=0.4)
+            raise ValueError(f'{name}: the row {run!r} sets {key}, which is not a constant of a run'
+                             + (f': did you mean {near[0]}?' if near else ''))
+    folders = Counter(slug(run).lower() for run in table)
+    if (shared := folders.most_common(1)) and shared[0][1] > 1:
+        raise ValueError(f'{name} has {shared[0][1]} runs that would share the folder {shared[0][0]}: give them names '
+                         f'that differ more')
+
+
+def _typed(config: Config) -> Config:
+    """The constants as they were edited, lists as tuples; ValueError for one of a wrong type (tyro checks options)."""
+    kinds = get_type_hints(type(config))
+    config = replace(config, **{key: tuple(value) if isinstance(value, list) else Path(value) if kinds[key] is Path
+                                else value for key, value in vars(config).items()})
+    for key, value in vars(config).items():
+        kind, choices = kinds[key], get_args(kinds[key])
+        try:
+            check_type(value, kind)
+            if isinstance(value, bool) and kind is not bool:
+                raise TypeCheckError('True and False are no numbers')
+        except TypeCheckError:
+            wanted = (' or '.join(map(repr, choices)) if get_origin(kind) is Literal
+                      else kind.__name__ if isinstance(kind, type) and not choices else str(kind))
+            raise ValueError(f'{key} must be {wanted}, got {value!r}') from None
+    return config
+
+
+def _check_ranges(config: Any) -> None:
+    """Raise ValueError for a number, or a number in a tuple, outside its range (NaN is outside)."""
+    for key, (low, high) in RANGES.items():
+        value = getattr(config, key, None)
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        if value == () or not all(low <= number <= high for number in numbers):
+            raise ValueError(f'{key} must be between {low:g} and {high:g}, got {value}')

@@ -1,0 +1,121 @@
+"""One run: its folder, its place among the others, how it ended."""
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from torch import nn
+from typeguard import check_type
+
+from datasets.cifar10 import Data
+from lab.constants import Constants
+from lab.device import describe_device
+from lab.files import DamagedFile, load_tensors, reading, write_atomically
+from lab.history import History
+from lab.progress import Progress
+from lab.results import Result
+
+
+@dataclass
+class Run:
+    """A row of an experiment with one seed, locked for this process while it trains."""
+    name: str
+    seed: int
+    config: Constants
+    data: Data
+    source: str  # of its data and weights, for people
+    identity: dict[str, Any]  # what config.json holds
+    folder: Path
+    device: torch.device
+    progress: Progress
+    sizes: set[int]  # of the networks of this experiment so far
+    result: Result | None = None
+
+    @property
+    def label(self) -> str:
+        return f'{self.name}, seed {self.seed}'
+
+    def begin(self, model: nn.Module) -> bool:
+        """Create the folder with its config.json, note what is to be trained -> whether its size is a new one."""
+        sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+                 for trainable in (False, True)]
+        self.result = self._new_result(parameters=sizes[0], trainable=sizes[1])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / 'config.json', json.dumps(self.identity, indent=1) + '\n')
+        is_new = sizes[1] not in self.sizes
+        self.sizes.add(sizes[1])
+        return is_new
+
+    def finish(self, history: History, accuracies: Mapping[str, float], seconds: float = 0.0) -> None:
+        """Write how the run ended. accuracies: by column of `Result`; seconds: of preparations for training."""
+        for column, accuracy in accuracies.items():
+            setattr(self.result, column, accuracy)
+        self.result.epochs, self.result.seconds = len(history.epochs), seconds + sum(history['seconds'])
+        if history.epochs:
+            self.result.best_epoch = history.best.epoch
+        if history.diverged:
+            self.result.status = 'diverged'
+            self.result.reason = (f'in {history.diverged}, where the loss became NaN or infinite: lower learning_rate '
+                                  f'({self.config.learning_rate:g}), or look at reg, optimizer and precision')
+        self.write()
+
+    def not_run(self, reason: str) -> None:
+        """Note that the run cannot be done here; nothing is written, so that it is tried again."""
+        self.result = self._new_result(status='not run', reason=reason)
+
+    def write(self) -> None:
+        write_atomically(self.folder / 'result.json', json.dumps(asdict(self.result), indent=1) + '\n')
+        (self.folder / 'checkpoint.pt').unlink(missing_ok=True)
+
+    def _new_result(self, **values: Any) -> Result:
+        return Result(self.name, self.seed, data=self.source, training_images=len(self.data.train),
+                      validation_images=len(self.data.val), test_images=len(self.data.test),
+                      device=describe_device(self.device), precision=self.config.precision, **values)
+
+    def take_over(self, finished: Path) -> bool:
+        """Take the folder of the same run of another experiment, unless it is damaged or did not go well."""
+        try:
+            self.result, _ = read_finished(finished)
+            if self.result.status != 'finished':
+                return False
+            for name in ('best.pt', 'last.pt', 'test_logits.pt'):
+                with reading(finished / name):
+                    load_tensors(finished / name)
+        except DamagedFile:
+            return False
+        copy = self.folder.with_name(f'.{self.folder.name}.tmp')  # hidden until it is complete
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(finished, copy, copy_function=_link_or_copy, ignore=shutil.ignore_patterns('*.png', '*.tmp'))
+        self.result.run, self.result.data = self.name, self.source
+        write_atomically(copy / 'result.json', json.dumps(asdict(self.result), indent=1) + '\n')
+        shutil.rmtree(self.folder, ignore_errors=True)
+        copy.rename(self.folder)
+        return True
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """A hard link where the file system has them: files are replaced, never changed."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def read_finished(folder: Path) -> tuple[Result, History]:
+    """What a finished run left. Raises DamagedFile when it is damaged or does not fit together."""
+    path = folder / 'result.json'
+    with reading(path):
+        result = Result(**json.loads(path.read_text()))
+        hints = get_type_hints(Result)
+        for field in fields(Result):
+            check_type(getattr(result, field.name), hints[field.name])
+    history = History.read(folder / 'history.csv') if result.epochs else History()
+    with reading(path):
+        best_epoch = history.best.epoch if history.epochs else None
+        if (result.epochs, result.best_epoch, f'seed{result.seed}') != (len(history.epochs), best_epoch, folder.name):
+            raise ValueError('it is from another run, or history.csv is not complete')
+    return result, history
