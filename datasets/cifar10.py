@@ -95,10 +95,10 @@ def _remarks(classes: Sequence[str], pool: Split, train: Split, val: Split) -> l
     if (used := len(train) + len(val)) < len(pool):
         remarks.append(f'{used:,} of {len(pool):,} training images are used (num_training = {len(train):,}, '
                        f'num_validation = {len(val):,})')
-    for part, images, enough in (('training', train, 1), ('validation', val, 5)):
+    for few, part, images, enough in (('no', 'training', train, 1), ('few', 'validation', val, 5)):
         counts = torch.bincount(images.labels, minlength=len(classes)).tolist()
         if rare := [f'{name} ({count})' for name, count in zip(classes, counts, strict=True) if count < enough]:
-            remarks.append(f'fewer than {enough} {part} images of {some_of(rare, 10)}: raise num_{part} or add images')
+            remarks.append(f'{few} {part} images of {some_of(rare, 10)}: raise num_{part} or add images')
     return remarks
 
 

@@ -32,7 +32,7 @@ class Average:
 
     def update(self) -> None:
         """Take in the model's weights; over fewer steps at first, so that the random start is soon forgotten."""
-        step_size = (9 / (10 + self.updates)).clamp(min=1 - self.decay)
+        step_size = (torch.full_like(self.updates, 9) / (10 + self.updates)).clamp(min=1 - self.decay)
         for average, current in self.pairs:
             average.lerp_(current, step_size)
         self.updates += 1

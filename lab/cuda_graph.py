@@ -13,7 +13,7 @@ from lab.device import first_sentence, is_out_of_memory
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class replayed:  # noqa: N801: used like a function, step = replayed(step, optimizer)
+class replayed:  # used like a function: step = replayed(step, optimizer)
     """The same step, (images, labels) -> (loss, correct), captured at its fourth call and replayed from then on.
 
     The first three calls are ordinary steps on the stream of the capture: they let cuDNN choose its algorithms and

@@ -79,7 +79,7 @@ class Console:
         try:
             operation(*arguments)
         except (OSError, ValueError):  # the reader has left; the stream is closed
-            nowhere = open(os.devnull, 'w')  # noqa: SIM115: for the rest of the process
+            nowhere = open(os.devnull, 'w')  # noqa: SIM115
             try:
                 os.dup2(nowhere.fileno(), self.stream.fileno())  # what is buffered goes there at exit
             except (OSError, ValueError):

@@ -48,6 +48,11 @@ def own_style() -> Iterator[None]:
         yield
 
 
+def printable(text: str) -> str:
+    """With `?` for bytes of a file name that are no text: matplotlib refuses them."""
+    return text.encode(errors='replace').decode()
+
+
 def new_figure(width: float, height: float, title: Title | str) -> Figure:
     """A figure of so many inches, and above them the title, wrapped to the width; the layout keeps out of it."""
     figure = Figure(figsize=(width, height))
@@ -55,7 +60,7 @@ def new_figure(width: float, height: float, title: Title | str) -> Figure:
     margin, top, texts = 0.12, 0.1, []
     looks = (dict(fontsize=13, fontweight='bold'), dict(fontsize=9.5, color=INK), dict(fontsize=9.5, color='#777777'))
     for words, look in zip(Title(title) if isinstance(title, str) else title, looks, strict=False):
-        for paragraph in filter(str.strip, words.splitlines()):
+        for paragraph in filter(str.strip, printable(words).splitlines()):
             text = figure.text(0, 0, paragraph, va='top', linespacing=1.3, **look)
             _wrap(text, renderer, figure.dpi * (width - 2 * margin))
             texts.append((text, top))
@@ -73,8 +78,8 @@ def _wrap(text: Text, renderer: RendererAgg, pixels: float) -> None:
         return max(renderer.get_text_width_height_descent(line, text.get_fontproperties(), False)[0] for line in lines)
     words, lines = text.get_text(), [text.get_text()]
     characters = len(words)
-    while characters > 1 and widest(lines) > pixels:
-        characters = min(characters - 1, int(0.97 * characters))
+    while characters > 1 and (width := widest(lines)) > pixels:
+        characters = max(1, min(characters - 1, int(characters * pixels / width)))
         lines = textwrap.wrap(words, characters, break_on_hyphens=False)
     text.set_text('\n'.join(lines))
 

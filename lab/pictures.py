@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 from torch import Tensor
 
-from lab.figure import COLOURS, INK, Title, new_figure, own_style, save_figure
+from lab.figure import COLOURS, INK, Title, new_figure, own_style, printable, save_figure
 
 
 @own_style()
@@ -25,7 +25,7 @@ def plot_gallery(rows: Mapping[str, Tensor], path: Path, title: Title | str) -> 
             row[:, left:left + image.shape[1]] = image
         panel.imshow(row, interpolation='nearest')
         panel.set(xticks=[])
-        panel.set_yticks([(height - 1) / 2], [textwrap.fill(name, 18)])
+        panel.set_yticks([(height - 1) / 2], [textwrap.fill(printable(name), 18)])
         panel.tick_params(length=0, labelsize=11)
         panel.grid(False)
         panel.spines[:].set_visible(False)
@@ -70,6 +70,7 @@ def _percent(probability: float) -> str:
 
 def _short(name: str, characters: int) -> str:
     """Cut to a width in characters, of which Chinese ones take two."""
+    name = printable(name)
     widths = np.cumsum([1 + (east_asian_width(character) in 'WF') for character in name])
     return name if widths[-1] <= characters else name[:(widths < characters).sum()] + '…'
 

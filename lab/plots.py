@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from lab.figure import COLOURS, INK, Title, new_figure, own_style, save_figure
+from lab.figure import COLOURS, INK, Title, new_figure, own_style, printable, save_figure
 
 DASHED = (0, (4, 2))
 SETS = {'training': dict(color=COLOURS[0], marker='o', markerfacecolor='white'),
@@ -95,7 +95,7 @@ def _limit_losses(panel: Axes, drawn: Sequence[tuple[Any, np.ndarray, np.ndarray
     for colour, mean, deviation in drawn:
         values = np.nan_to_num(mean, nan=0.0)
         highest = int(values.argmax())
-        if highest + 1 < len(values) and values[highest + 1] < values[highest] / 3:
+        if highest + 1 < len(values) and mean[highest + 1] < values[highest] / 3:  # never before a NaN
             spikes.append((values[highest], highest + 1, colour))
             values, deviation = np.delete(values, highest), np.delete(deviation, highest)
         rest.append(float((values + deviation).max()))
@@ -119,7 +119,7 @@ def _name_ends(panel: Axes, ends: Sequence[tuple[str, Any, int, float]], longest
     for i, (name, colour, epoch, value) in enumerate(ends):
         place = np.clip(fitted[i], 0, 1 - gap * order[-1]) + gap * i
         line = '-' if epoch == longest > 1 else ':'  # a solid one would look like further epochs
-        panel.annotate(textwrap.shorten(name, 40, placeholder=' …'), (epoch, value), (1.07, place),
+        panel.annotate(textwrap.shorten(printable(name), 40, placeholder=' …'), (epoch, value), (1.07, place),
                        textcoords='axes fraction', va='center', fontsize=9,
                        arrowprops=dict(arrowstyle='-', color=colour, linewidth=1.6, linestyle=line,
                                        relpos=(0, 0.5), shrinkA=2, shrinkB=0))
@@ -161,7 +161,7 @@ def _number(accuracy: Accuracy | None) -> str:
 
 def _name_rows(panel: Axes, names: Sequence[str]) -> None:
     """One row per name, the first on top."""
-    panel.set_yticks(range(len(names)), [textwrap.fill(name, 32) for name in names])
+    panel.set_yticks(range(len(names)), [textwrap.fill(printable(name), 32) for name in names])
     panel.set_ylim(len(names) - 0.5, -0.5)
     panel.tick_params(axis='y', length=0)
 
