@@ -23,12 +23,14 @@ from lab.pictures import plot_gallery
 from lab.plots import plot_against, plot_best_and_latest, plot_strengths
 from lab.results import SETS
 from lab.run import Run
-from models.convnet import ConvNet, weights_init
+from models.convnet import ConvNet, weights_init, whiten_first_layer
 from optimizers import make_optimizer
 from training import evaluate_kept, fit, make_schedule, seed_everything
 from utils import PrintModelSize, VisualizeFilter
 
 __all__ = ['Config', 'ConvNet', 'PrintModelSize', 'QUESTIONS', 'VisualizeFilter', 'main', 'weights_init']
+
+CHANNEL_MEAN, CHANNEL_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training images
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Config:
     data_root: Path = Path(__file__).parent / 'datasets'  # where CIFAR-10 is, or is downloaded to
     num_training: int = 49000  # images to train on, of 50,000
     num_validation: int = 1000  # images to validate on: the last of the training set, at most a fifth of it
+    normalisation: Literal['half', 'channels'] = 'half'  # mean and std: 0.5, or those of CIFAR-10's three channels
     results: Path = Path('results')  # folder of all plots, tables and weights
     seeds: tuple[int, ...] = (0,)  # 0 1 2 repeats every run; tables show mean ± std (Q2b sets its own)
 
@@ -57,16 +60,19 @@ class Config:
     learning_rate: float = 2e-3  # initial (decay) or peak (one-cycle)
     learning_rate_decay: float = 0.95  # per-epoch factor (decay)
     reg: float = 0.001  # weight decay
-    optimizer: Literal['Adam', 'SGD'] = 'Adam'  # SGD has Nesterov momentum 0.9
+    optimizer: Literal['Adam', 'SGD', 'Muon'] = 'Adam'  # SGD has Nesterov momentum 0.9; Muon learns most per epoch
     schedule: Literal['decay', 'one-cycle'] = 'decay'  # one-cycle: up to learning_rate, then down to zero
     warmup: float = 0.2  # fraction of the epochs spent warming up (one-cycle)
     label_smoothing: float = 0.0  # 0.1 spreads a tenth of the target over all classes
     ema_decay: float = 0.0  # 0.99: validate and keep a moving average over about 100 steps
     patience: int | None = None  # stop after so many epochs without a better one; None never stops (Q2b)
+    whiten: bool = False  # start the first layer from filters that decorrelate the images
+    freeze_at: float = 1.0  # fraction of the epochs after which the first block stays as it is
 
     # Augmentation, drawn independently for every image (Q3a)
     flip: float = 0.0  # probability of a horizontal flip (try 0.5)
     crop_padding: int = 0  # shift by up to so many pixels (try 4)
+    crop_border: Literal['zeros', 'reflect'] = 'zeros'  # what comes into view: black, or the image mirrored
     degrees: float = 0.0  # rotate by up to so many degrees (try 10)
     translate: float = 0.0  # shift by up to this fraction of the image (try 0.1)
     scale: float = 0.0  # zoom by up to this fraction (try 0.1)
@@ -90,9 +96,11 @@ FLIP, CROP = dict(flip=0.5), dict(crop_padding=4)
 AFFINE = dict(degrees=10, translate=0.1, scale=0.1, shear=5)
 JITTER = dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)
 GREY = dict(greyscale=0.2)
-BEST = dict(
-    norm_layer='BN', num_epochs=100, optimizer='SGD', schedule='one-cycle', learning_rate=0.15, reg=5e-4,
-    label_smoothing=0.1, ema_decay=0.99, **FLIP, **CROP, cutout=8)
+FAST = dict(
+    norm_layer='BN', num_epochs=8, batch_size=500, optimizer='Muon', learning_rate=0.15, reg=0, schedule='one-cycle',
+    warmup=0.1, label_smoothing=0.1, whiten=True, freeze_at=0.3, normalisation='channels', flip=0.5, crop_padding=2,
+    crop_border='reflect')
+BEST = FAST | dict(num_epochs=30, crop_padding=4, cutout=8)  # longer training needs stronger augmentation
 QUESTIONS = {
     'Q1': Question('how well does the plain ConvNet classify, how large is it, what do its first filters look like?', {
         'ConvNet': {}}),
@@ -111,12 +119,21 @@ QUESTIONS = {
         **{f'jitter {x}': Q3 | dict(brightness=x, contrast=x, saturation=x, hue=x / 6) for x in (0.1, 0.3, 0.5)}}),
     'Q3b': Question('which dropout probability between the blocks is right?', {
         f'p = {p / 10}': Q3 | dict(dropout=p / 10) for p in range(10)}),
+    'fast': Question('how accurate is this very network after a few epochs?', {'fast': FAST}),
     'best': Question('how far does this very network go?', {'best': BEST}),
     'ingredients': Question('what does each ingredient of the best recipe bring?', {
-        'all': BEST, 'Adam with decay': BEST | dict(optimizer='Adam', schedule='decay', learning_rate=2e-3, reg=0.001),
-        'no flip + crop': BEST | dict(flip=0, crop_padding=0), 'no cutout': BEST | dict(cutout=0),
-        'no label smoothing': BEST | dict(label_smoothing=0), 'no averaging': BEST | dict(ema_decay=0),
-        'no batch norm': BEST | dict(norm_layer=None, learning_rate=0.02)}),
+        'all': BEST,
+        'SGD': BEST | dict(optimizer='SGD', reg=5e-4),
+        'Adam with decay': BEST | dict(optimizer='Adam', schedule='decay', learning_rate=2e-3, reg=0.001),
+        'no flip': BEST | dict(flip=0),
+        'no crop': BEST | dict(crop_padding=0),
+        'black borders': BEST | dict(crop_border='zeros'),
+        'no cutout': BEST | dict(cutout=0),
+        'no label smoothing': BEST | dict(label_smoothing=0),
+        'no whitening': BEST | dict(whiten=False),
+        'nothing frozen': BEST | dict(freeze_at=1.0),
+        'mean and std 0.5': BEST | dict(normalisation='half'),
+        'no batch norm': BEST | dict(norm_layer=None)}),
 }
 
 
@@ -126,7 +143,8 @@ def main(argv: Sequence[str] = ()) -> int:
     name, rows = read_constants('ex3_convnet', Config(), QUESTIONS, argv)
     for config in rows.values():
         make_model(config, torch.device('meta'))  # refuses what cannot be built before anything is trained
-    with Experiment('ex3_convnet', name, QUESTIONS[name], rows, Config()) as experiment:
+    with Experiment('ex3_convnet', name, QUESTIONS[name], rows, Config(),
+                    sooner='--experiment fast, or ' if name != 'fast' else '') as experiment:
         for run in experiment.runs():  # those that are not finished yet
             train(run)
         return experiment.conclude(PICTURES.get(name, []))
@@ -138,14 +156,17 @@ def train(run: Run) -> None:
     seed_everything(run.seed)
     model = make_model(config, run.device)
     batches, evaluation = make_batches(config, run.data)
-    optimizer = make_optimizer(config.optimizer, model, config.learning_rate, config.reg)
+    if config.whiten:
+        whiten_first_layer(model, evaluation['train'].inputs(run.data.train.images[:4000]))
+    optimizer = make_optimizer(config.optimizer, model, config.learning_rate, config.reg, precision=config.precision)
     schedule = make_schedule(config.schedule, config.learning_rate, config.learning_rate_decay, config.num_epochs,
                              config.warmup)
     if run.begin(model):  # of a size that was not printed yet
         PrintModelSize(model)  # Q1b
     history = fit(model, batches, evaluation['val'], optimizer, schedule, run.folder,  # Q1a, Q2
                   num_epochs=config.num_epochs, seed=run.seed, precision=config.precision, patience=config.patience,
-                  label_smoothing=config.label_smoothing, ema_decay=config.ema_decay, progress=run.progress)
+                  label_smoothing=config.label_smoothing, ema_decay=config.ema_decay,
+                  freeze_at=config.freeze_at, progress=run.progress)
     run.finish(history, evaluate_kept(model, history, run.folder, evaluation, config.precision, run.label))  # Q2b
 
 
@@ -157,8 +178,10 @@ def make_model(config: Config, device: torch.device) -> ConvNet:
 
 def make_batches(config: Config, data: Data) -> tuple[Batches, dict[str, Batches]]:
     """(shuffled, augmented batches to train on, complete sets to evaluate on as they are: 'train', 'val', 'test')."""
-    batches = Batches(data.train, config.batch_size, augmentations=augmentations(config), shuffle=True)
-    return batches, {part: Batches(getattr(data, part)) for part in ('train', 'val', 'test')}
+    mean, std = (CHANNEL_MEAN, CHANNEL_STD) if config.normalisation == 'channels' else (0.5, 0.5)
+    batches = Batches(data.train, config.batch_size, mean=mean, std=std, augmentations=augmentations(config),
+                      shuffle=True)
+    return batches, {part: Batches(getattr(data, part), mean=mean, std=std) for part in SETS}
 
 
 def augmentations(config: Config) -> list:
@@ -167,7 +190,7 @@ def augmentations(config: Config) -> list:
     if config.flip:
         chosen.append(Flip(config.flip))
     if config.crop_padding:
-        chosen.append(Crop(config.crop_padding))
+        chosen.append(Crop(config.crop_padding, config.crop_border))
     if config.degrees or config.translate or config.scale or config.shear:
         chosen.append(Affine(config.degrees, config.translate, config.scale, config.shear))
     if config.brightness or config.contrast or config.saturation or config.hue:
@@ -239,7 +262,7 @@ def gallery(experiment: Experiment) -> Path:
 PICTURES = {
     'Q1': [filters, mistakes, confusion], 'Q2a': [mistakes, confusion], 'Q2b': [best_and_latest],
     'Q3a': [accuracies, gallery], 'Q3a-strength': [strengths], 'Q3b': [against_dropout],
-    'best': [mistakes, confusion], 'ingredients': [accuracies],
+    'fast': [mistakes, confusion], 'best': [mistakes, confusion], 'ingredients': [accuracies],
 }
 
 

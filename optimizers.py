@@ -12,11 +12,11 @@ QUINTIC = 3.4445, -4.7750, 2.0315  # steep at 0, near 1 up to 1 (K. Jordan, http
 
 
 def make_optimizer(name: str, model: nn.Module, learning_rate: float, reg: float = 0.0,
-                   scales: Mapping[str, float] | None = None, dtype: torch.dtype = torch.bfloat16) -> Optimizer:
+                   scales: Mapping[str, float] | None = None, precision: str = 'bf16') -> Optimizer:
     """'Adam' or 'SGD' (Nesterov momentum 0.9) with weight decay `reg`, or 'Muon', which has none.
 
     scales: a factor on the learning rate of all parameters whose names start so: {'features.': 0.3}. Frozen
-    parameters are left out. dtype: of Muon's matrix products. Raises ValueError for another name.
+    parameters are left out. precision: of Muon's matrix products. Raises ValueError for another name.
     """
     if name not in ('Adam', 'SGD', 'Muon'):
         raise ValueError(f"optimizer must be 'Adam', 'SGD' or 'Muon', got {name!r}")
@@ -39,7 +39,7 @@ def make_optimizer(name: str, model: nn.Module, learning_rate: float, reg: float
         return torch.optim.Adam(groups, weight_decay=reg, fused=True, capturable=on_cuda)
     if name == 'SGD':
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=reg, fused=True)
-    return Muon(groups, dtype=dtype)
+    return Muon(groups, dtype=torch.bfloat16 if precision == 'bf16' else torch.float32)
 
 
 def _biases_before_batch_norm(model: nn.Module) -> set[Tensor]:

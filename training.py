@@ -25,10 +25,11 @@ Schedule = Callable[[float], float]  # epochs done, with fractions -> learning r
 
 def fit(model: nn.Module, batches: Batches, val: Batches, optimizer: Optimizer, schedule: Schedule, folder: Path, *,
         num_epochs: int, seed: int, precision: str = 'fp32', patience: int | None = None, label_smoothing: float = 0.0,
-        ema_decay: float = 0.0, progress: Progress | None = None) -> History:
+        ema_decay: float = 0.0, freeze_at: float = 1.0, progress: Progress | None = None) -> History:
     """Train `model`; keep history.csv, curves.png, best.pt and last.pt in `folder`; continue a run begun there.
 
-    patience: stop when the best epoch lies that many epochs back; ema_decay: validate and keep averaged weights.
+    patience: stop when the best epoch lies that many epochs back; ema_decay: validate and keep averaged weights;
+    freeze_at: fraction of the epochs after which the first block no longer trains.
     A loss that is not finite ends the run: see `History.diverged`. On KeyboardInterrupt the epoch in progress is
     discarded, all before it saved. Raises DamagedFile for a checkpoint that cannot be read, OSError when the
     folder cannot be written.
@@ -42,6 +43,9 @@ def fit(model: nn.Module, batches: Batches, val: Batches, optimizer: Optimizer, 
         for epoch in range(len(history.epochs) + 1, num_epochs + 1):
             if history.stopped_early(patience):  # Q2b
                 break
+            if epoch > round(freeze_at * num_epochs) and next(model.parameters()).requires_grad:
+                model.features[:2].requires_grad_(False)  # no backward pass through the largest images any more
+                train_step = make_step(model, optimizer, precision, label_smoothing, average)  # another CUDA graph
             seed_everything(seed, epoch)  # so that an epoch can be repeated exactly
             start = time.perf_counter()
             losses, accuracy = train_epoch(model, batches, optimizer, schedule, train_step, epoch, progress)

@@ -64,7 +64,7 @@ class Console:
     """
 
     def __init__(self, stream: TextIO | None):
-        self.stream = stream if stream is not None else open(os.devnull, 'w')
+        self.stream = stream if stream is not None else open(os.devnull, 'w')  # noqa: SIM115
         if hasattr(self.stream, 'reconfigure'):
             self.stream.reconfigure(line_buffering=True, errors='backslashreplace')  # a log shows each line at once
 

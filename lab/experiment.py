@@ -45,14 +45,16 @@ class Experiment:
 
     rows: run -> its constants, as `read_constants` gives them; constants: those at the top of the script;
     known_by: run -> constants that are known by their content, such as the hash of a file; weights: their name, for
-    people. Several processes can share an experiment: a run is locked while it trains, and each process takes the
-    next one that nobody has. Raises ValueError for constants, data or a device that cannot be had.
+    people; sooner: what else to try where training takes long. Several processes can share an experiment: a run is
+    locked while it trains, and each process takes the next one that nobody has. Raises ValueError for constants, data
+    or a device that cannot be had.
     """
 
     def __init__(self, script: str, name: str, question: Question, rows: Mapping[str, Constants],
-                 constants: Constants, *, known_by: Mapping[str, Mapping[str, Any]] | None = None, weights: str = ''):
+                 constants: Constants, *, known_by: Mapping[str, Mapping[str, Any]] | None = None, weights: str = '',
+                 sooner: str = ''):
         self.name, self.question, self.rows, self.constants = name, question, dict(rows), constants
-        self.weights = weights
+        self.weights, self.sooner = weights, sooner
         first = next(iter(rows.values()))
         print(f'{name}: {question.text}')
         for run, config in rows.items():
@@ -163,7 +165,8 @@ class Experiment:
                 continue
             (self.folder / '.locks').mkdir(exist_ok=True)
             try:
-                self.held.enter_context(FileLock(self.folder / '.locks' / f'{slug(name)}-seed{seed}').acquire(timeout=0))
+                lock = FileLock(self.folder / '.locks' / f'{slug(name)}-seed{seed}')
+                self.held.enter_context(lock.acquire(timeout=0))
             except Timeout:
                 self.elsewhere.add((name, seed))
                 continue
@@ -200,7 +203,8 @@ class Experiment:
         later = [self.rows[other] for other, another in self._to_do() if (other, another) != (name, seed)]
         alike = all(getattr(row, key, None) == getattr(config, key, None)
                     for row in later for key in ('mode', 'hidden_size'))  # else their epochs take another time
-        progress = Progress(f'{name}, seed {seed}', self.title, sum(row.num_epochs for row in later) if alike else 0)
+        progress = Progress(f'{name}, seed {seed}', self.title, sum(row.num_epochs for row in later) if alike else 0,
+                            self.sooner)
         return Run(name, seed, config, self.data[name], self.source(self.data[name]), self.identities[name],
                    self.run_folder(name, seed), self.device, progress, self.sizes)
 

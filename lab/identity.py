@@ -60,7 +60,8 @@ def same_runs(results: Path, now: dict[str, Any], defaults: Constants, seed: int
 
 def recorded_precision(folder: Path, run: str, others: Iterator[Path]) -> tuple[str, Path] | None:
     """(precision, where it stands) of a run that was begun in `folder`, else of its other runs, else of `others`."""
-    begun = [path.parent for pattern in (slug(run), '*') for path in sorted(folder.glob(f'{pattern}/seed*/config.json'))]
+    begun = [path.parent for pattern in (slug(run), '*')
+             for path in sorted(folder.glob(f'{pattern}/seed*/config.json'))]
     for path in itertools.chain(begun, others):
         with reading(path / 'config.json'):
             return json.loads((path / 'config.json').read_text())['precision'], path

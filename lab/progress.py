@@ -16,10 +16,12 @@ PATIENCE_OF_A_PERSON = 20 * 60  # seconds, after which something quicker is sugg
 
 
 class Progress:
-    """Of one run. label: 'plain, seed 0'; later_epochs: of the runs after it, for the estimate of the time."""
+    """Of one run. label: 'plain, seed 0'; later_epochs: of the runs after it, for the estimate of the time;
+    sooner: what to try where that is long.
+    """
 
-    def __init__(self, label: str = '', title: Title = Title('', '', ''), later_epochs: int = 0):
-        self.label, self.title, self.later_epochs = label, title, later_epochs
+    def __init__(self, label: str = '', title: Title | str = '', later_epochs: int = 0, sooner: str = ''):
+        self.label, self.title, self.later_epochs, self.sooner = label, title, later_epochs, sooner
         self.bar = None
 
     def start(self, num_epochs: int, epochs_done: int, images_per_epoch: int) -> None:
@@ -62,8 +64,8 @@ class Progress:
         tqdm.write(f'{self.label}: {self._time_to_come(epoch_seconds, epochs_left)}')
         quick = 3 * 5000 * seconds_per_step / batch_size  # seconds
         if epoch_seconds * (epochs_left + self.later_epochs) > max(PATIENCE_OF_A_PERSON, 3 * quick):
-            tqdm.write(f'To see something sooner: --num-training 5000 --num-epochs 3 takes about {duration(quick)} '
-                       f'per run.')
+            tqdm.write(f'To see something sooner: {self.sooner}--num-training 5000 --num-epochs 3, which takes about '
+                       f'{duration(quick)} per run.')
         self.estimated = True
 
     def end_epoch(self, history: History) -> None:

@@ -14,7 +14,7 @@ class VggModel(nn.Module):
     fine_tune: True trains the whole network, False only the new layers (the handout's flag meant the
     opposite). pretrained: start the convolutional part from `weights`, else from torchvision's random
     initialisation. layer_config: inputs of the first new layer (512, as the convolutions give) and of the
-    second. weights: 'imagenet', or the path of a state dict with torchvision's key names.
+    second. weights: 'imagenet', or the path of a state dict (see `load_features`).
     Raises ValueError for arguments or weights that do not fit, WeightsUnavailable when offline.
     """
 
