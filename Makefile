@@ -1,6 +1,6 @@
 # make run   - question 1 (or: make run ARGS="--experiment Q2a")
 # make test  - the tests
-# make report - every question into REPORT.md, three seeds (make report SCALE=cpu: reduced, some hours of a CPU)
+# make report - every question into report/README.md (make report SCALE=cpu: reduced where a CPU would take days)
 PYTHON ?= python3
 PY := .venv/bin/python
 
@@ -14,7 +14,7 @@ test: .venv/installed
 	$(PY) -m pytest $(ARGS)
 
 report: .venv/installed
-	$(PY) report.py --scale $(SCALE) $(ARGS)
+	$(PY) report/make.py --scale $(SCALE) $(ARGS)
 
 # Written last, so that an interrupted installation is taken up again, and a finished one never repeated.
 .venv/installed: requirements.txt

@@ -53,8 +53,8 @@ def _save_filters(filters: Sequence[Tensor], limit: float, titles: Sequence[str]
         moved = filters[-1] - filters[0]
         largest, share = moved.abs().max().item(), moved.norm() / filters[0].norm()
         panels.append(('the change: after minus before', moved, largest or 1.0,
-                       f'own scale: grey is 0, the ends are ±{largest:.2g}, the largest change\n'
-                       f'norm of the change: {share:.0%} of the norm before training'))
+                       f'own scale: grey is 0, the ends are ±{largest:.2g}\n'
+                       f'(largest change); norm {share:.0%} of that before'))
     height, width, _ = _tile(filters[0], columns).shape
     each = 8 if len(panels) == 1 else 11 / len(panels)  # inches
     figure = new_figure(each * len(panels), each * height / width + 0.7, title)
