@@ -33,6 +33,8 @@ __all__ = ['Config', 'PrintModelSize', 'QUESTIONS', 'VggModel', 'VisualizeFilter
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+RANGES = {'num_training': (2, 10**9), 'batch_size': (2, 5000)}  # batch norm over one example has no variance
+
 
 @dataclass(frozen=True)
 class Config:
@@ -92,7 +94,7 @@ QUESTIONS = {
 @ends_in_a_sentence
 def main(argv: Sequence[str] = ()) -> int:
     """Run the experiment that the constants and the options in `argv` name; returns the exit status."""
-    name, rows = read_constants('ex3_pretrained', Config(), QUESTIONS, argv)
+    name, rows = read_constants('ex3_pretrained', Config(), QUESTIONS, argv, RANGES)
     known_by = {}
     for run, config in rows.items():  # refuse what cannot be built before anything is trained
         VggModel(config.num_classes, fine_tune=True, pretrained=False, layer_config=config.layer_config)

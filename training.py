@@ -54,9 +54,11 @@ def fit(model: nn.Module, batches: Batches, val: Batches, optimizer: Optimizer, 
             if where := first_not_finite(losses, val_loss):
                 history.diverged = f'epoch {epoch}, {where}'
                 break
-            checkpoint.add(Epoch(epoch, schedule(epoch - 1), sum(losses) / len(losses), accuracy, val_loss,
-                                 val_accuracy, seconds, len(batches) * batches.batch_size / seconds))
+            history.epochs.append(Epoch(
+                epoch, schedule(epoch - 1), sum(losses) / len(losses), accuracy, val_loss, val_accuracy, seconds,
+                len(batches) * batches.batch_size / seconds))
             progress.end_epoch(history)
+            checkpoint.end_epoch()
     return history
 
 

@@ -13,7 +13,8 @@ from lab.files import load_tensors, reading, save_tensors, to_csv, write_atomica
 from lab.history import Epoch, History
 from lab.progress import Progress
 
-SECONDS_BETWEEN_SAVES = 10  # at least, and 20 times as long as saving takes
+SECONDS_BETWEEN_SAVES = 10  # at least,
+TIMES_AS_LONG = 20  # and so many times as long as saving takes
 
 
 class Average:
@@ -42,9 +43,9 @@ class Checkpoint:
     """Continues an interrupted run, keeps its best weights, and saves the last whole epoch, whatever ends the `with`.
 
     with Checkpoint(folder, model, optimizer, average, progress) as checkpoint:
-        checkpoint.history  # of an interrupted run, or empty
+        checkpoint.history  # of an interrupted run, or empty; the loop appends to it
         checkpoint.judged   # the network that is validated and kept: the model, or the average of its weights
-        checkpoint.add(Epoch(...))  # after each epoch
+        checkpoint.end_epoch()
 
     Raises DamagedFile for a checkpoint that cannot be read, OSError when the folder cannot be written.
     """
@@ -75,17 +76,16 @@ class Checkpoint:
         if kind is None and self.best is not None and not self.history.diverged:
             save_tensors(self.judged.state_dict(), self.folder / 'last.pt')
 
-    def add(self, epoch: Epoch) -> None:
-        """Remember an epoch; save it, unless that was done a moment ago."""
-        self.history.epochs.append(epoch)
-        if self.history.best is epoch:
+    def end_epoch(self) -> None:
+        """Remember the epoch that the history ends with; save it, unless that was done a moment ago."""
+        if self.history.best is self.history.epochs[-1]:
             self.best = _clone(self.judged.state_dict())
         self.unsaved = {
             'best': self.best, 'epochs': [asdict(epoch) for epoch in self.history.epochs],
             **_clone({'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
                       'average': self.average and self.average.model.state_dict(),
                       'updates': self.average and self.average.updates})}
-        if time.monotonic() - self.saved_at > max(SECONDS_BETWEEN_SAVES, 20 * self.saving_takes):
+        if time.monotonic() - self.saved_at > max(SECONDS_BETWEEN_SAVES, TIMES_AS_LONG * self.saving_takes):
             self._save()
 
     def _save(self) -> None:

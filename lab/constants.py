@@ -52,9 +52,11 @@ class Question:
 
 
 def read_constants(script: str, constants: Config, questions: Mapping[str, Question],
-                   argv: Sequence[str]) -> tuple[str, dict[str, Config]]:
+                   argv: Sequence[str], ranges: Mapping[str, tuple[float, float]] | None = None,
+                   ) -> tuple[str, dict[str, Config]]:
     """(the experiment's name, run -> its constants), all checked. Constants < row < command line.
 
+    ranges: where a script's are narrower than RANGES.
     Raises ValueError for what makes no sense, SystemExit for --help.
     """
     def read(row: Mapping[str, Any]) -> Config:
@@ -67,7 +69,7 @@ def read_constants(script: str, constants: Config, questions: Mapping[str, Quest
     _check_table(name, table, {one.name for one in fields(constants)} - {'experiment', 'results', 'device'})
     rows = {run: read(row) for run, row in table.items()}
     for config in rows.values():
-        _check_ranges(config)
+        _check_ranges(config, RANGES | dict(ranges or {}))
     for key in {key: None for row in table.values() for key in row}:
         compared = len({repr(row.get(key)) for row in table.values()}) > 1
         values = {repr(getattr(config, key)) for config in rows.values()}
@@ -135,9 +137,9 @@ def _typed(config: Config) -> Config:
     return config
 
 
-def _check_ranges(config: Any) -> None:
+def _check_ranges(config: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
     """Raise ValueError for a number, or a number in a tuple, outside its range (NaN is outside)."""
-    for key, (low, high) in RANGES.items():
+    for key, (low, high) in ranges.items():
         value = getattr(config, key, None)
         numbers = value if isinstance(value, tuple) else () if value is None else (value,)
         if value == () or not all(low <= number <= high for number in numbers):

@@ -219,7 +219,7 @@ class Experiment:
                 made += [drawn(picture, self) for picture in pictures]
             plots = [path for path in made if path]
             self.picture_failed |= len(plots) < len(made)
-            self._write_page(plots)
+            self._write_page()
         print(f'\n{summary(self.results)}\n')
         print('\n'.join(map(str, [self.folder / 'summary.md', self.folder / 'summary.csv', *plots])))
         for name, seed in sorted(self.elsewhere):
@@ -250,12 +250,13 @@ class Experiment:
         """Write summary.csv and draw curves.png of all runs."""
         self.tabled_at = time.monotonic()
         write_atomically(self.folder / 'summary.csv', to_csv(Result, self.results))
-        self._write_page([])
+        self._write_page()
         return [drawn(plot_curves, self.histories, self.folder / 'curves.png', self.title)] if self.histories else []
 
-    def _write_page(self, plots: Sequence[Path]) -> None:
-        """summary.md: the question, the table and the pictures."""
+    def _write_page(self) -> None:
+        """summary.md: the question, the table and the pictures that there are."""
         question, *rest = filter(None, self.title)
+        plots = sorted(self.folder.glob('*.png'), key=lambda path: (path.stem != 'curves', path.name))
         pictures = [f'![{path.stem}]({path.name})' for path in plots]
         page = '\n\n'.join([f'# {question}', *rest, summary(self.results), *pictures])
         write_atomically(self.folder / 'summary.md', f'{page}\n')
@@ -272,7 +273,8 @@ class Experiment:
 
     def load(self, model: nn.Module, result: Result, which: str = 'best') -> nn.Module:
         """Load the best or the last weights of a run into `model`. Raises DamagedFile."""
-        model.load_state_dict(self.read_tensors(result, f'{which}.pt'))
+        with reading(self.run_folder(result.run, result.seed) / f'{which}.pt'):
+            model.load_state_dict(self.read_tensors(result, f'{which}.pt'))
         return model
 
     def read_tensors(self, result: Result, name: str) -> dict[str, torch.Tensor]:

@@ -40,7 +40,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or isinstance(error, DamagedFile):
             raise
         raise DamagedFile(f'{path} is missing, damaged or from another run ({type(error).__name__}: '
                           f'{first_sentence(error)}): delete {path.parent} to train this run again') from error

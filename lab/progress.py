@@ -85,7 +85,8 @@ class Progress:
 
     def draw(self, history: History, folder: Path) -> None:
         """curves.png of the run."""
-        drawn(plot_curves, {self.label: [history]}, folder / 'curves.png', self.title)
+        if drawn(plot_curves, {self.label: [history]}, folder / 'curves.png', self.title) is None:
+            (folder / 'curves.png').unlink(missing_ok=True)  # rather none than an old one
 
     def _time_to_come(self, epoch_seconds: float, epochs_left: float) -> str:
         """'5 min left', '5 min left, 12 min in all': of this run, and with the runs after it."""

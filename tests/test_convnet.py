@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiment import read_summary
 
 import ex3_convnet
 from datasets import cifar10
 from ex3_convnet import EXPERIMENTS, Config, augmentations, build, main
-from experiment import read_summary
 
 TINY = ['--data', 'shapes', '--num-training', '60', '--num-validation', '20', '--batch-size', '20', '--num-epochs', '1',
         '--hidden-size', '4', '4', '4', '4', '4', '--precision', 'fp32']

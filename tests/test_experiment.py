@@ -3,14 +3,14 @@ import csv
 import json
 import statistics
 
+import experiment
 import pytest
 import torch
+from experiment import Result, mean_std, parse, read_summary, slug, summary_table
 from filelock import FileLock
 
-import experiment
 from datasets import cifar10
 from ex3_convnet import EXPERIMENTS, QUESTIONS, RANGES, Config, main, script
-from experiment import Result, mean_std, parse, read_summary, slug, summary_table
 from models.convnet import ConvNet
 
 TINY = ['--data', 'shapes', '--num-training', '60', '--num-validation', '20', '--batch-size', '20',

@@ -19,22 +19,22 @@ from tiny import TINY, TINY_NET, assert_same_outcome
 from tqdm import tqdm
 
 import ex3_convnet
-import experiment
 import training
-import utils
+from datasets import cifar10
+from lab import checkpoint, errors, experiment, files, progress, run
 
 OPTIONS = [*TINY, *TINY_NET, '--experiment', 'Q2b', '--seeds', '0', '--ema-decay', '0.5', '--dropout', '0.1']
 EPOCHS = 6  # two runs of three
 
 # What a training is doing, as far as a kill is concerned: the calls that the child announces.
 ANNOUNCED = {
-    'reading data': [(ex3_convnet, 'load_data')],
-    'building': [(ex3_convnet, 'build')],
-    'loading a checkpoint': [(training, '_load_checkpoint')],
-    'training': [(training.TrainingStep, '__call__')],
-    'evaluating': [(training, 'evaluate'), (experiment, 'evaluate')],
-    'plotting': [(training, 'plot_curves'), (experiment, 'plot_curves'), (ex3_convnet, 'plot_bars')],
-    'writing': [(module, 'write_atomically') for module in (training, experiment, utils)] + [(os, 'fsync')],
+    'reading data': [(cifar10, 'load')],
+    'building': [(ex3_convnet, 'make_model')],
+    'loading a checkpoint': [(checkpoint, 'load_tensors')],
+    'training': [(training, 'set_learning_rate')],
+    'evaluating': [(training, 'infer')],
+    'plotting': [(errors, 'drawn'), (experiment, 'drawn'), (progress, 'drawn')],
+    'writing': [(module, 'write_atomically') for module in (checkpoint, experiment, files, run)] + [(os, 'fsync')],
     'moving into place': [(os, 'replace')],
     'deleting a checkpoint': [(Path, 'unlink')],
 }
@@ -42,7 +42,7 @@ ANNOUNCED = {
 
 def train(folder: Path, announcements: Connection) -> None:
     """The child: a whole experiment, with a checkpoint after every epoch."""
-    training.SECONDS_BETWEEN_CHECKPOINTS = 0
+    checkpoint.SECONDS_BETWEEN_SAVES = checkpoint.TIMES_AS_LONG = 0
     tqdm.set_lock(threading.RLock())  # its own lock is a system resource that a killed process leaves behind
     for phase, calls in ANNOUNCED.items():
         for owner, name in calls:

@@ -5,12 +5,12 @@ from http.client import BadStatusLine
 import pytest
 import torch
 import torchvision
+from experiment import read_summary
 
 import ex3_pretrained
 import training
 from datasets import cifar10
 from ex3_pretrained import Config, build, main
-from experiment import read_summary
 from models import weights as weights_module
 from models.vgg import VggModel
 from training import TrainingStep, make_optimizer, seed_everything

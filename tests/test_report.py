@@ -1,12 +1,12 @@
 """The report: its parts end to end on the shapes, its words kept, its tables made from the summaries."""
 import pytest
 import torch
+from experiment import parse
 
 import ex3_convnet
 import ex3_pretrained
 import report
 import training
-from experiment import parse
 from report import PARTS, Options, Part, arguments, fill, main
 
 # braces must survive

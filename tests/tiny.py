@@ -1,7 +1,11 @@
 """An experiment of seconds, for tests that break it, and the comparison of what two of them leave."""
 import csv
+import itertools
 import json
 from pathlib import Path
+
+import ex3_convnet
+import ex3_pretrained
 
 TINY = ['--data', 'shapes', '--num-training', '200', '--num-validation', '40', '--batch-size', '20',
         '--num-epochs', '3', '--device', 'cpu', '--precision', 'fp32']
@@ -10,8 +14,9 @@ TIMED = ('seconds', 'images_per_second')
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder` -> what is in it."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+    """Every file below `folder`, locks apart -> what is in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*'))
+            if path.is_file() and '.locks' not in path.parts}
 
 
 def outcome(folder: Path) -> dict:
@@ -26,7 +31,7 @@ def _untimed(path: Path, content: bytes) -> object:
     if path.name == 'result.json':
         return {key: value for key, value in json.loads(content).items() if key not in TIMED}
     if path.name == 'summary.md':
-        return [line.rsplit('|', 2)[0] for line in content.decode().splitlines()]  # its last column: seconds
+        return [line.rsplit('|', 2)[0] if line.endswith('|') else line for line in content.decode().splitlines()]
     if path.suffix == '.png':  # whole, but drawn anew: matplotlib may place the same numbers a part of a pixel away
         return content[:8], content[-12:]
     return content
@@ -36,3 +41,33 @@ def assert_same_outcome(folder: Path, reference: Path) -> None:
     found, expected = outcome(folder), outcome(reference)
     assert found.keys() == expected.keys()
     assert [name for name in found if found[name] != expected[name]] == []
+
+
+RUN = Path('ex3_convnet/Q1/ConvNet/seed0')
+
+
+def convnet(results: Path, *options: object) -> int:
+    return ex3_convnet.main([*TINY, *TINY_NET, '--results', str(results), *map(str, options)])
+
+
+def at_call(patch, owner, name, number, action):
+    """Let call `number` (1, 2, ...) of a function begin with something else."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def call(*args, **kwargs):
+        if next(calls) == number:
+            action()
+        return function(*args, **kwargs)
+    patch.setattr(owner, name, call)
+
+
+def assert_refused(status, capsys, *words):
+    """Status 2 and one line that says what is wrong."""
+    errors = capsys.readouterr().err
+    assert status == 2
+    assert errors.count('\n') == 1 and ': error: ' in errors
+    assert [word for word in words if str(word) not in errors] == [], errors
+
+
+def pretrained(results: Path, *options: object) -> int:
+    return ex3_pretrained.main([*TINY, '--layer-config', '512', '4', '--results', str(results), *map(str, options)])
