@@ -101,21 +101,23 @@ class Experiment:
 
     def _settle_precision(self) -> None:
         """What 'auto' means: as the run was begun, or is finished for another question, else the faster one here."""
-        settled: dict[str, str] = {}
+        recorded = {run: recorded_precision(self.folder, run, same_runs(self.everywhere, self.identities[run],
+                                                                        self.constants))
+                    for run, config in self.rows.items() if config.precision == 'auto'}
+        first = next(filter(None, recorded.values()), None)  # what is compared has one precision
+        used: dict[str, tuple[str, str]] = {}
         for run, config in self.rows.items():
-            precision = config.precision
-            recorded = precision == 'auto' and recorded_precision(
-                self.folder, run, same_runs(self.everywhere, self.identities[run], self.constants))
-            if recorded:
-                precision, settled = recorded[0], {recorded[0]: f'as in {recorded[1]}'} | settled
-            elif precision not in settled:
-                precision, reason = pick_precision(precision, self.device)
-                settled |= {config.precision: reason, precision: reason}
+            if config.precision == 'auto' and first:
+                precision, path = recorded[run] or first
+                used.setdefault(precision, (precision, f'as in {path}'))
+            else:
+                if config.precision not in used:
+                    used[config.precision] = pick_precision(config.precision, self.device)
+                precision = used[config.precision][0]
             self.rows[run] = replace(config, precision=precision)
             self.identities[run]['precision'] = precision
-        used = {config.precision: settled[config.precision] for config in self.rows.values()}
         print(f'device: {describe_device(self.device)}; precision: '
-              + ', '.join(f'{precision} ({reason})' for precision, reason in used.items()))
+              + ', '.join(f'{precision} ({reason})' for precision, reason in used.values()))
 
     @property
     def title(self) -> Title:
