@@ -30,7 +30,8 @@ def rows(name):
 UNUSUAL = dict(
     data='shapes', num_training=70, num_validation=30, normalisation='channels', seeds=(5,),
     hidden_size=(3, 4, 5, 6, 7), norm_layer='BN', dropout=0.25, num_epochs=3, batch_size=15, learning_rate=0.007,
-    reg=0.02, optimizer='SGD', schedule='one-cycle', warmup=0.4, label_smoothing=0.15, ema_decay=0.8, patience=7, whiten=True, freeze_at=0.6,
+    reg=0.02, optimizer='SGD', schedule='one-cycle', warmup=0.4,
+    label_smoothing=0.15, ema_decay=0.8, patience=7, whiten=True, freeze_at=0.6,
     flip=0.3, crop_padding=3, crop_border='reflect', degrees=7.0, translate=0.05, scale=0.15, shear=4.0,
     brightness=0.11, contrast=0.12, saturation=0.13, hue=0.04, greyscale=0.17, cutout=6, device='cpu', precision='bf16')
 ELSEWHERE = {'experiment', 'data_root', 'results', 'input_size', 'num_classes', 'learning_rate_decay'}  # tested below
@@ -176,13 +177,18 @@ PICTURES = {'Q1': {'filters', 'mistakes', 'confusion'}, 'Q2a': {'mistakes', 'con
 def drawn(monkeypatch):
     """What the script's and the shared pictures are given: name of the plot -> its arguments."""
     given = {}
+
+    def spy_on(module, name):
+        plot = getattr(module, name)
+
+        def spy(*arguments, **options):
+            given[name] = arguments, options
+            return plot(*arguments, **options)
+        monkeypatch.setattr(module, name, spy)
     for module in (ex3_convnet, answers):
-        for name in [name for name in dir(module) if name.startswith('plot_')] + ['VisualizeFilter']:
-            if hasattr(module, name):
-                def spy(*arguments, _plot=getattr(module, name), _name=name, **options):
-                    given[_name] = arguments, options
-                    return _plot(*arguments, **options)
-                monkeypatch.setattr(module, name, spy)
+        for name in dir(module):
+            if name.startswith('plot_') or name == 'VisualizeFilter':
+                spy_on(module, name)
     return given
 
 
