@@ -8,7 +8,6 @@
 Everything is measured in one process and in turns, so that whatever else the machine does touches all alike.
 benchmarks/README.md says what is compared, and what was tried.
 """
-import ctypes
 import io
 import json
 import multiprocessing
@@ -18,10 +17,9 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -30,19 +28,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 import torch
 import torchvision
 import tyro
-from matplotlib.figure import Figure
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms
 
 import ex3_convnet
 import ex3_pretrained
+from benchmarks.tables import PROJECT, USUAL, WAYS, WITH_WORKERS, plot, table
+from benchmarks.usual_script import Way, training_flops, usual
 from datasets import cifar10
-from experiment import markdown_table, slug
-from training import decay, duration, fit, make_optimizer, seed_everything
-from utils import describe_device, pick_device, pick_precision, save_figure, write_atomically
+from datasets.batches import Split
+from lab.constants import slug
+from lab.device import describe_device, pick_device, pick_precision
+from lab.files import write_atomically
+from lab.progress import duration
+from optimizers import make_optimizer
+from training import decay, fit, seed_everything
 
 STEPS = {'cpu': 3, 'cuda': 245}  # of one repetition; 245 are an epoch of 49,000 images
 REPETITIONS = 7
@@ -50,7 +48,6 @@ WORKERS = (2, 4, 8)  # of which the fastest is shown
 MATRIX_SIDE = {'cpu': 2048, 'cuda': 8192}
 COPY_LENGTH = 2 ** 26  # floats, more than any cache holds
 STATUS = Path('/proc/self/status')
-WAYS = USUAL, WITH_WORKERS, PROJECT = 'usual script', 'usual script, with workers', 'this project'
 
 
 class Case(NamedTuple):
@@ -84,115 +81,30 @@ class Options:
     table: Path | None = None  # print the table of this JSON file and measure nothing
 
 
-class Way(NamedTuple):
-    """One way to train a network."""
-    run: Callable[[], float]  # train on every image once -> images per second
-    flops: float  # of a training step, for each image
-    features: dict[str, float] | None = None  # made once, before training: their 'images' and 'seconds'
-
-
-# --- the usual script ---------------------------------------------------------------------------------------
-
-
-class PilImages(Dataset):
-    """Images as torchvision's CIFAR10 gives them: one by one, through PIL and the transforms."""
-
-    def __init__(self, split: cifar10.Split, transform: Callable):
-        self.images, self.labels = split.images.permute(0, 2, 3, 1).cpu().numpy(), split.labels.tolist()
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.images[i])), self.labels[i]
-
-
-def usual_transform(config: Any, mean: Sequence[float], std: Sequence[float]) -> Callable:
-    """torchvision's counterparts of the augmentations that `config` switches on."""
-    steps = []
-    if config.crop_padding:
-        steps.append(transforms.RandomCrop(32, config.crop_padding))
-    if config.flip:
-        steps.append(transforms.RandomHorizontalFlip(config.flip))
-    if getattr(config, 'hue', 0):
-        steps.append(transforms.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue))
-    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
-
-
-def usual(script: ModuleType, config: Any, data: cifar10.Data, device: torch.device, workers: int = 0) -> Way:
-    """The loop of the handout: fp32 as PyTorch's defaults have it, and the loss read at every step."""
-    mean, std = ((0.5,) * 3, (0.5,) * 3) if script is ex3_convnet else (
-        ex3_pretrained.IMAGENET_MEAN, ex3_pretrained.IMAGENET_STD)
-    # Workers stay from epoch to epoch, so that starting them is not measured; an epoch begins with empty queues.
-    loader = DataLoader(PilImages(data.train, usual_transform(config, mean, std)), config.batch_size, shuffle=True,
-                        drop_last=True, num_workers=workers, persistent_workers=workers > 0)
-    model = script.make_model(config, device).to(memory_format=torch.contiguous_format).train()
-    criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate,
-                                 weight_decay=config.reg)
-
-    def run() -> float:
-        torch.backends.cudnn.benchmark = False  # both as they are by default, not as the project has them
-        give_back_freed_memory()
-        start = time.perf_counter()
-        total_loss, correct = 0.0, 0
-        for images, labels in loader:
-            images, labels = images.to(device), labels.to(device)
-            logits = model(images)
-            loss = criterion(logits, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total_loss += loss.item()
-            correct += (logits.argmax(1) == labels).sum().item()
-        seconds = time.perf_counter() - start
-        pick_device(str(device))  # as the project has them again
-        return len(loader) * config.batch_size / seconds
-
-    return Way(run, training_flops(model, torch.randn(2, 3, 32, 32, device=device)))
-
-
-def give_back_freed_memory() -> None:
-    """Undo `keep_freed_memory`: the limits at which glibc arrives by itself."""
-    mmap_max, mmap_threshold, trim_threshold = -4, -3, -1  # of glibc's malloc.h
-    with suppress(AttributeError, OSError, TypeError):  # macOS and musl; Windows
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 2**16)
-        libc.mallopt(mmap_threshold, 2**25)
-        libc.mallopt(trim_threshold, 2**26)
-        libc.malloc_trim(0)
-
-
 # --- this project -------------------------------------------------------------------------------------------
 
 
 def project(script: ModuleType, config: Any, data: cifar10.Data, device: torch.device) -> Way:
     """`fit` itself, timed by its own clock: what history.csv says of an epoch, without its validation."""
-    task = script.build(config, data.to(device))
-    optimizer = make_optimizer(config.optimizer, task.groups, config.learning_rate, config.reg)
+    data, features = data.to(device), None
+    model = script.make_model(config, device)
+    if getattr(config, 'mode', '') == 'frozen':
+        batches, evaluation, seconds = script.make_feature_batches(config, data)
+        features = {'images': 2 * len(data.train), 'seconds': seconds}
+    else:
+        batches, evaluation = script.make_batches(config, data)
+    optimizer = make_optimizer(config.optimizer, model, config.learning_rate, config.reg, precision=config.precision)
 
     def run() -> float:
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-            history = fit(task.model, task.train, task.evaluation['val'], optimizer,
-                          decay(config.learning_rate, config.learning_rate_decay), seed=0, folder=Path(folder),
+            history = fit(model, batches, evaluation['val'], optimizer,
+                          decay(config.learning_rate, config.learning_rate_decay), Path(folder), seed=0,
                           num_epochs=2 if device.type == 'cuda' else 1,  # the first one captures the graph
                           precision=config.precision)
         return history['images_per_second'][-1]
 
-    inputs, _ = task.train.batch(torch.arange(2, device=device))
-    features = None
-    if task.seconds:
-        features = {'images': 2 * len(data.train), 'seconds': task.seconds}
-    return Way(run, training_flops(task.model.train(), inputs), features)
-
-
-def training_flops(model: nn.Module, inputs: Tensor) -> float:
-    """Floating point operations of a training step for each of `inputs`: two for each multiply-add."""
-    with FlopCounterMode(display=False) as counter:
-        model(inputs).sum().backward()
-    model.zero_grad()
-    return counter.get_total_flops() / len(inputs)
+    inputs = batches.inputs(batches.split.images[:2])
+    return Way(run, training_flops(model.train(), inputs), features)
 
 
 # --- the machine --------------------------------------------------------------------------------------------
@@ -240,10 +152,10 @@ def load_data(options: Options, steps: int) -> cifar10.Data:
     count, others = steps * options.batch_size, options.batch_size
     if options.data is None:
         generator = torch.Generator().manual_seed(0)
-        parts = {part: cifar10.Split(torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator),
+        parts = {part: Split(torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator),
                                      torch.randint(10, (n,), generator=generator))
                  for part, n in (('train', count), ('val', others), ('test', others))}
-        return cifar10.Data('random', 'random images', tuple('0123456789'), **parts)
+        return cifar10.Data('random', 'random images', tuple('0123456789'), **parts, content='random')
     constants = ex3_convnet.Config()
     data = cifar10.load(options.data, constants.data_root, constants.num_training, constants.num_validation)
     return replace(data, train=data.train[:count], val=data.val[:others], test=data.test[:others])
@@ -269,14 +181,14 @@ def measure(name: str, options: Options, data: cifar10.Data, device: torch.devic
     config = configure(case, options, data, precision, folder)
     ways, memory = {}, {}
     for way, make in ((USUAL, usual), (PROJECT, project)):
-        before = torch.cuda.memory_allocated(device) if device.type == 'cuda' else 0
+        before = torch.cuda.memory_reserved(device) if device.type == 'cuda' else 0
         seed_everything(0)
         ways[way] = make(case.script, config, data, device)
         ways[way].run()  # warm-up; cuDNN's search takes memory that training does not need
         if device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats(device)
             ways[way].run()
-            memory[way] = torch.cuda.max_memory_allocated(device) - before
+            memory[way] = torch.cuda.max_memory_reserved(device) - before  # the graph's pool included
     workers, ways[WITH_WORKERS] = fastest_workers(lambda count: usual(case.script, config, data, device, count))
     speeds, ceilings = {way: [] for way in WAYS}, []
     for _ in range(options.repetitions):
@@ -321,91 +233,6 @@ def growth(name: str, way: str, options: Options, precision: str, folder: Path) 
 def peak_resident_memory() -> int:
     """Bytes, of this process since it began; Linux only."""
     return next(1024 * int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith('VmHWM'))
-
-
-# --- showing ------------------------------------------------------------------------------------------------
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """'63.1 (62.0–64.2)': the median, the smallest and the largest."""
-    if len(values) == 1:
-        return format(values[0], form)
-    return f'{median(values):{form}} ({min(values):{form}}–{max(values):{form}})'
-
-
-def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
-    """Within each repetition: what changes from one to the next cancels."""
-    return [a / b for a, b in zip(numerators, denominators, strict=True)]
-
-
-def utilisation(case: dict, way: str) -> float:
-    """Model FLOP utilisation: the FLOP/s of a way over those of a matrix product in the same precision."""
-    one = case['ways'][way]
-    return one['flops_per_image'] * median(ratios(one['images_per_second'], case['ceiling'][one['precision']]))
-
-
-def table(record: dict) -> str:
-    """The results as Markdown: the speeds, what limits them, the conditions."""
-    speeds = [['images per second', USUAL, 'with workers', PROJECT, 'ratio', 'ratio to workers']]
-    limits = [['', 'FLOP an image', 'of the ceiling: usual', 'project', 'epoch: usual', 'project', 'at the ceiling',
-               'peak memory: usual', 'project']]
-    notes = []
-    for name, case in record['cases'].items():
-        plain, workers, ours = (case['ways'][way] for way in WAYS)
-        epoch = {way: record['epoch_images'] / median(one['images_per_second']) for way, one in case['ways'].items()}
-        speeds.append([
-            name, spread(plain['images_per_second'], ',.0f'),
-            f'{spread(workers["images_per_second"], ",.0f")}, {workers["workers"]} workers',
-            f'**{spread(ours["images_per_second"], ",.0f")}**',
-            *(f'**{spread(ratios(ours["images_per_second"], other["images_per_second"]), ".2f")}**'
-              for other in (plain, workers))])
-        limits.append([
-            name, f'{ours["flops_per_image"]:.3g}', *(f'{utilisation(case, way):.1%}' for way in (USUAL, PROJECT)),
-            *(f'{seconds:,.1f} s' for seconds in (epoch[USUAL], epoch[PROJECT],
-                                                  epoch[PROJECT] * utilisation(case, PROJECT))),
-            *('–' if one['peak_memory'] is None else f'{one["peak_memory"] / 1e6:,.0f} MB' for one in (plain, ours))])
-        if features := case['features']:
-            rate = features['images'] / features['seconds']
-            once = (2 * record['epoch_images'] + 11_000) / rate
-            notes.append(
-                f'- {name}: the project trains on features that are made once, {rate:,.0f} images/s. For the training '
-                f'images, their mirror images, 1,000 validation and 10,000 test images that is {duration(once)}; '
-                f'30 epochs and the features are {duration(once + 30 * epoch[PROJECT])}, 30 epochs of the usual '
-                f'script {duration(30 * epoch[USUAL])}.')
-    ceiling = {key: spread([value / 1e9 for case in record['cases'].values() for value in case['ceiling'][key]], ',.0f')
-               for key in ('fp32', 'bf16', 'copy')}
-    return '\n'.join([
-        markdown_table(speeds), '', markdown_table(limits), '',
-        f'Median (smallest–largest) of {record["repetitions"]} repetitions of {record["steps"]} steps of '
-        f'{record["batch_size"]} images, in turns; ratios within each turn; an epoch is {record["epoch_images"]:,} '
-        f'images.', '',
-        f'- {record["device"]}; torch {record["torch"]}, torchvision {record["torchvision"]}; {record["source"]}; '
-        f'the project in {record["precision"]} ({record["reason"]}).',
-        f'- Ceiling: a matrix product does {ceiling["fp32"]} GFLOP/s in {record["fp32"]} and {ceiling["bf16"]} in '
-        f'bf16; a copy moves {ceiling["copy"]} GB/s.', *notes])
-
-
-def plot(record: dict, path: Path) -> Path:
-    """Bars of images per second, a panel for each case, since their speeds differ by orders of magnitude."""
-    cases = record['cases']
-    figure = Figure(figsize=(9, 0.9 + 1.15 * len(cases)), layout='constrained')
-    figure.suptitle(f'Images trained on per second · {record["device"]}', fontsize=12)
-    panels = figure.subplots(len(cases), 1, squeeze=False)[:, 0]
-    for panel, (name, case) in zip(panels, cases.items(), strict=True):
-        speeds = [case['ways'][way]['images_per_second'] for way in WAYS]
-        middle = [median(values) for values in speeds]
-        reach = [[m - min(v) for m, v in zip(middle, speeds, strict=True)],
-                 [max(v) - m for m, v in zip(middle, speeds, strict=True)]]
-        panel.barh(WAYS, middle, xerr=reach, color=['#b8b8b8', '#8c8c8c', 'tab:blue'], height=0.75, capsize=3)
-        for row, (way, speed) in enumerate(zip(WAYS, middle, strict=True)):
-            text = f'{speed:,.0f}' + (f'   ({median(ratios(speeds[row], speeds[0])):.1f}x)' if row else '')
-            panel.annotate(text, (max(speeds[row]), row), xytext=(6, 0), textcoords='offset points', va='center',
-                           fontweight='bold' if way == PROJECT else None)
-        panel.set_title(name + (', on features made once' if case['features'] else ''), loc='left', fontsize=11)
-        panel.set(xlim=(0, 1.25 * max(map(max, speeds))), xticks=[])
-        panel.invert_yaxis()
-        panel.spines[['top', 'right', 'bottom']].set_visible(False)
-    return save_figure(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 import ex3_convnet
+from benchmarks import tables, usual_script
 from benchmarks import training_speed as speed
-from datasets.cifar10 import Batches
+from datasets.batches import Batches
 from ex3_pretrained import VggModel
 from models.convnet import ConvNet
 
@@ -39,15 +40,15 @@ def test_flops_of_the_frozen_vgg_head_are_those_worked_out_by_hand():
 
 
 def test_a_spread_is_the_median_the_smallest_and_the_largest():
-    assert speed.spread([3.0, 1.0, 2.0], '.1f') == '2.0 (1.0–3.0)'
-    assert speed.spread([3.0], '.1f') == '3.0'
+    assert tables.spread([3.0, 1.0, 2.0], '.1f') == '2.0 (1.0–3.0)'
+    assert tables.spread([3.0], '.1f') == '3.0'
 
 
 def test_ratios_and_utilisation_are_taken_within_each_repetition():
-    assert speed.ratios([2.0, 30.0, 8.0], [1.0, 10.0, 2.0]) == [2.0, 3.0, 4.0]
+    assert tables.ratios([2.0, 30.0, 8.0], [1.0, 10.0, 2.0]) == [2.0, 3.0, 4.0]
     case = {'ways': {'a': dict(images_per_second=[2.0, 30.0, 8.0], flops_per_image=5, precision='bf16')},
             'ceiling': {'fp32': [1.0, 1.0, 1.0], 'bf16': [100.0, 1000.0, 200.0]}}
-    assert speed.utilisation(case, 'a') == pytest.approx(0.15)  # of 0.10, 0.15 and 0.20
+    assert tables.utilisation(case, 'a') == pytest.approx(0.15)  # of 0.10, 0.15 and 0.20
 
 
 # --- the two ways -------------------------------------------------------------------------------------------
@@ -55,7 +56,7 @@ def test_ratios_and_utilisation_are_taken_within_each_repetition():
 
 def test_the_usual_script_sees_the_same_numbers_as_the_project():
     data = load()
-    images = speed.PilImages(data.train, speed.usual_transform(ex3_convnet.Config(), (0.5,) * 3, (0.5,) * 3))
+    images = usual_script.PilImages(data.train, usual_script.usual_transform(ex3_convnet.Config(), (0.5,) * 3, (0.5,) * 3))
     usual, labels = zip(*(images[i] for i in range(len(images))), strict=True)
     expected, expected_labels = next(iter(Batches(data.train, 4)))
     torch.testing.assert_close(torch.stack(usual), expected)
@@ -69,13 +70,13 @@ def test_the_usual_script_sees_the_same_numbers_as_the_project():
     ('VGG11_bn, frozen', ['RandomHorizontalFlip', 'ToTensor', 'Normalize'])])
 def test_the_usual_script_augments_as_the_constants_say(name, kinds, tmp_path):
     config = speed.configure(speed.CASES[name], speed.Options(), load(), 'fp32', tmp_path)
-    transform = speed.usual_transform(config, (0.5,) * 3, (0.5,) * 3)
+    transform = usual_script.usual_transform(config, (0.5,) * 3, (0.5,) * 3)
     assert [type(step).__name__ for step in transform.transforms] == kinds
 
 
 def test_the_usual_script_is_contiguous_and_freezes_what_the_project_freezes(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(speed, 'training_flops', lambda model, _: made.append(model) or 0)
+    monkeypatch.setattr(usual_script, 'training_flops', lambda model, _: made.append(model) or 0)
     for name in ('ConvNet', 'VGG11_bn, frozen'):
         case = speed.CASES[name]
         speed.usual(case.script, speed.configure(case, speed.Options(), load(), 'fp32', tmp_path), load(), CPU)

@@ -1,25 +1,35 @@
 """The report: its parts end to end on the shapes, its words kept, its tables made from the summaries."""
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
-from experiment import parse
+from matplotlib.figure import Figure
 
 import ex3_convnet
 import ex3_pretrained
-import report
 import training
-from report import PARTS, Options, Part, arguments, fill, main
+from lab.constants import read_constants
+from lab.files import read_csv
+from lab.results import Result
+from report import make
+from report.make import PARTS, Options, Part, arguments, fill, main
 
 # braces must survive
-TEXT = 'Words.\n\n<!-- overview: all -->\n<!-- end -->\n\nQ1 {}\n\n<!-- Q1: full -->\n\nold\n\n<!-- end -->\n\nEnd.\n'
-TINY = ('--num-training 60 --num-validation 20 --batch-size 20 --num-epochs 1 --hidden-size 4 4 4 4 4 '
-        '--device cpu --precision fp32')
+TEXT = ('Words.\n\n<!-- overview: -->\n<!-- end -->\n\nQ1 {}\n\n'
+        '<!-- Q1: num_epochs=7 -->\n\nold\n\n<!-- end -->\n\nEnd.\n')
+TINY = 'num_training=60 num_validation=20 batch_size=20 num_epochs=1 hidden_size=4,4,4,4,4 device=cpu precision=fp32'
 
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """The arguments of a report of one tiny part, and the report's path."""
-    monkeypatch.setattr(report, 'PARTS', {'Q1': Part(ex3_convnet, 'Q1', ('curves', 'filters'), TINY)})
-    path = tmp_path / 'REPORT.md'
+    monkeypatch.setattr(Figure, 'savefig', lambda _figure, file, **_: file.write(b'a picture'))
+    monkeypatch.setattr(make, 'PARTS', {'Q1': Part(ex3_convnet, 'Q1', ('curves', 'filters'), TINY)})
+    path = tmp_path / 'report' / 'README.md'
+    path.parent.mkdir()
     path.write_text(TEXT)
     return ['--scale', 'cpu', '--parts', 'Q1', '--data', 'shapes', '--results', str(tmp_path / 'results'),
             '--report', str(path)], path
@@ -29,22 +39,23 @@ def test_a_report_shows_command_conditions_table_and_pictures_and_keeps_the_word
     argv, path = tiny
     assert main(argv) == 0
     text = path.read_text(encoding='utf-8')
-    assert text.startswith('Words.\n\n<!-- overview: all -->') and text.endswith('<!-- end -->\n\nEnd.\n')
-    assert 'old' not in text and '<!-- Q1: cpu -->' in text and 'Q1 {}' in text
-    assert f'    python ex3_convnet.py --experiment Q1 {TINY} --seeds 0\n' in text
-    assert '**Reduced scale**: built-in shapes (not CIFAR-10), 60 training images.' in text
-    assert f'**reduced**: `{TINY}`' in text
-    assert '| ConvNet |     1 |' in text
+    assert text.startswith('Words.\n\n<!-- overview:  -->') and text.endswith('<!-- end -->\n\nEnd.\n')
+    assert 'old' not in text and f'<!-- Q1: {TINY} -->' in text and 'Q1 {}' in text
+    command = ('    python ex3_convnet.py --experiment Q1 --num-training 60 --num-validation 20 --batch-size 20 '
+               '--num-epochs 1 --hidden-size 4 4 4 4 4 --device cpu --precision fp32 --seeds 0\n')
+    assert command in text
+    assert ('**Reduced scale**: built-in shapes (not CIFAR-10), 60 training, 20 validation, 1,000 test images.' in text)
+    assert f'**reduced**: {TINY}' in text and '| ConvNet |     1 |' in text
     assert text.count('![') == 2
     for picture in ('curves', 'filters'):
-        assert f'(report/Q1-{picture}.png)' in text and (path.parent / 'report' / f'Q1-{picture}.png').exists()
+        assert f'(Q1-{picture}.png)' in text and (path.parent / f'Q1-{picture}.png').exists()
 
 
 def test_a_report_made_again_trains_nothing_and_adds_seeds(tiny, monkeypatch):
     argv, path = tiny
     assert main(argv) == 0
     first, trained, fit = path.read_text(encoding='utf-8'), [], training.fit
-    monkeypatch.setattr(ex3_convnet.experiment, 'fit', lambda *a, **k: trained.append(k['seed']) or fit(*a, **k))
+    monkeypatch.setattr(ex3_convnet, 'fit', lambda *a, **k: trained.append(k['seed']) or fit(*a, **k))
     assert main(argv) == 0
     assert (path.read_text(encoding='utf-8'), trained) == (first, [])
     assert main([*argv, '--seeds', '0', '1']) == 0
@@ -52,18 +63,34 @@ def test_a_report_made_again_trains_nothing_and_adds_seeds(tiny, monkeypatch):
     assert trained == [1] and '--seeds 0 1\n' in text and '±' in text
 
 
-def test_a_part_that_lacks_weights_does_not_stop_the_others(tiny, monkeypatch, tmp_path, capsys):
+def test_the_newest_folder_of_this_very_experiment_is_collected_and_no_picture_of_another(tiny, tmp_path, monkeypatch):
+    argv, path = tiny
+    assert main(argv) == 0
+    results = tmp_path / 'results' / 'report-cpu' / 'ex3_convnet'
+    for age, name in ((30, 'Q1-2'), (20, 'Q1'), (10, 'Q1-strength')):  # the last is the newest, but another experiment
+        if not (results / name).exists():
+            shutil.copytree(results / 'Q1', results / name)
+        summary = results / name / 'summary.csv'
+        summary.write_text(summary.read_text().replace('ConvNet,', f'{name},'))
+        stamp = summary.stat().st_mtime - age
+        os.utime(summary, (stamp, stamp))
+    (results / 'Q1' / 'filters.png').unlink()
+    make.collect('Q1', make.tyro.cli(Options, args=argv))
+    assert [result.run for result in read_csv(Result, path.parent / 'Q1.csv')] == ['Q1']
+    assert (path.parent / 'Q1-curves.png').exists() and not (path.parent / 'Q1-filters.png').exists()
+
+
+def test_a_part_that_lacks_weights_does_not_stop_the_others(tiny, monkeypatch, tmp_path):
     argv, path = tiny
 
     def refuse(*_args, **_kwargs):
         raise OSError('no network in tests')
     monkeypatch.setattr(torch.hub, 'download_url_to_file', refuse)
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
-    less = '--num-training 24 --num-validation 6 --device cpu --precision fp32'
-    monkeypatch.setitem(report.PARTS, 'Q4a', Part(ex3_pretrained, 'Q4a', ('curves',), less))
-    path.write_text(TEXT + '<!-- Q4a: cpu --><!-- end -->\n')
-    argv[argv.index('Q1')] = 'Q4a'
-    argv.insert(argv.index('Q4a') + 1, 'Q1')
+    less = 'num_training=24 num_validation=6 device=cpu precision=fp32'
+    monkeypatch.setitem(make.PARTS, 'Q4a', Part(ex3_pretrained, 'Q4a', ('curves',), less))
+    path.write_text(TEXT + '<!-- Q4a: --><!-- end -->\n')
+    argv.insert(argv.index('Q1'), 'Q4a')
     assert main(argv) == 1
     text = path.read_text(encoding='utf-8')
     assert '| frozen (not run) |' in text and '| ConvNet |     1 |' in text
@@ -80,30 +107,34 @@ def test_an_error_ends_the_report_and_leaves_it_as_it_was(tiny, capsys):
 
 def test_a_part_that_has_not_run_says_so(tmp_path):
     text = fill(TEXT, tmp_path)
-    assert '*Not run yet.*' in text and 'old' not in text
+    assert '*Not run yet.*' in text and 'old' not in text and '<!-- Q1: num_epochs=7 -->' in text
     assert fill(text, tmp_path) == text
 
 
-@pytest.mark.parametrize('scale', ['full', 'cpu'])
+@pytest.mark.parametrize('reduced', [True, False], ids=['cpu', 'full'])
 @pytest.mark.parametrize('name', PARTS)
-def test_every_part_is_a_command_that_its_script_accepts(name, scale, tmp_path):
+def test_every_part_is_a_command_that_its_script_accepts(name, reduced):
     part = PARTS[name]
-    (tmp_path / 'weights.pt').touch()
-    weights = ['--weights', str(tmp_path / 'weights.pt')] if part.script is ex3_pretrained else []
-    experiment, rows = parse(part.script.script(), [*arguments(part, scale, (0, 1)), *weights])
+    line = arguments(part, part.reduced if reduced else '', (0, 1))
+    experiment, rows = read_constants('script', part.script.Config(), part.script.QUESTIONS, line)
     assert experiment == part.experiment and {config.seeds for config in rows.values()} == {(0, 1)}
+    drawn = {picture.__name__ for picture in part.script.PICTURES.get(part.experiment, [])}
+    files = {'accuracies': 'accuracy', 'strengths': 'accuracy', 'against_dropout': 'dropout'}
+    assert set(part.pictures) <= {'curves'} | {files.get(picture, picture) for picture in drawn}
 
 
-def test_all_parts_stand_in_the_report():
+def test_the_published_report_has_all_parts_and_is_what_its_summaries_give():
     text = Options.report.read_text(encoding='utf-8')
     assert [name for name in PARTS if f'<!-- {name}: ' not in text] == []
-
-
-def test_the_published_report_is_what_its_summaries_give():
-    text = Options.report.read_text(encoding='utf-8')
-    assert fill(text, Options.report.parent / 'report') == text
+    assert fill(text, Options.report.parent) == text
 
 
 def test_published_pictures_are_small():
-    sizes = {path.name: path.stat().st_size for path in (Options.report.parent / 'report').glob('*.png')}
-    assert max(sizes.values()) < 150_000 and sum(sizes.values()) < 2_000_000
+    sizes = {path.name: path.stat().st_size for path in Options.report.parent.glob('*.png')}
+    assert max(sizes.values()) < 150_000 and sum(sizes.values()) < 3_000_000
+
+
+def test_the_report_starts_as_a_script_of_its_own(tmp_path):
+    done = subprocess.run([sys.executable, make.__file__, '--help'], capture_output=True, text=True, cwd=tmp_path,
+                          timeout=120)
+    assert done.returncode == 0 and '--parts' in done.stdout

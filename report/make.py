@@ -1,0 +1,186 @@
+#!/usr/bin/env python3
+"""Run every experiment of both scripts and fill their tables and pictures into report/README.md.
+
+    python report/make.py --data FOLDER --weights FILE    # every question as the assignment has it, three seeds
+    python report/make.py --scale cpu                     # reduced where a CPU would take days, and said so
+
+The same command continues what was interrupted. What stands in README.md between `<!-- Q1: CONSTANTS -->` and
+`<!-- end -->` is replaced by what part Q1 gave with these constants (none: at full scale); summaries and pictures are
+kept beside it. The text around it stays as it is: it speaks of the runs that were published, and is yours to rewrite.
+"""
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules
+
+import tyro
+
+import ex3_convnet
+import ex3_pretrained
+from lab.files import read_csv, write_atomically
+from lab.progress import duration
+from lab.results import Result, markdown_table, summary_table
+
+HERE = Path(__file__).parent
+
+
+class Part(NamedTuple):
+    """One experiment of the report."""
+    script: ModuleType
+    experiment: str
+    pictures: tuple[str, ...]
+    reduced: str = ''  # constants of the reduced version; '' where a CPU manages the whole
+    seeds: tuple[int, ...] = ()  # of the reduced version; () are the script's own
+
+
+QUARTER = 'hidden_size=32,128,128,128,128 num_epochs=20'  # of the filters
+SEEN = ('curves', 'mistakes', 'confusion')
+PARTS = {  # in the order in which they run
+    'fast': Part(ex3_convnet, 'fast', SEEN, seeds=(0, 1, 2)),
+    'Q1': Part(ex3_convnet, 'Q1', (*SEEN, 'filters')),
+    'Q2a': Part(ex3_convnet, 'Q2a', SEEN),
+    'Q4a': Part(ex3_pretrained, 'Q4a', ('curves',)),
+    'Q4b': Part(ex3_pretrained, 'Q4b', ('curves', 'accuracy', 'filters', 'mistakes', 'confusion')),
+    'best': Part(ex3_convnet, 'best', SEEN),
+    'Q3a': Part(ex3_convnet, 'Q3a', ('accuracy', 'gallery'), QUARTER),
+    'Q3b': Part(ex3_convnet, 'Q3b', ('dropout',), QUARTER),
+    'Q3a-strength': Part(ex3_convnet, 'Q3a-strength', ('accuracy',), QUARTER),
+    'ingredients': Part(ex3_convnet, 'ingredients', ('accuracy',), QUARTER),
+    'Q2b': Part(ex3_convnet, 'Q2b', ('curves', 'best_and_latest'), 'hidden_size=64,256,256,256,256'),
+    'Q4-best': Part(ex3_pretrained, 'best', ('curves',), 'num_epochs=3'),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Run every experiment of both scripts and fill report/README.md."""
+    scale: Literal['full', 'cpu'] = 'full'  # cpu: fewer images, epochs or filters, see PARTS
+    parts: tuple[str, ...] = tuple(PARTS)  # which parts
+    seeds: tuple[int, ...] | None = None  # repetitions, once all parts have run; None: 0 1 2, with cpu none
+    data: str = 'auto'  # as in the scripts
+    weights: str = 'imagenet'  # as in ex3_pretrained.py
+    results: Path = HERE.parent / 'results'
+    report: Path = HERE / 'README.md'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is not finished and fill the report; returns 0, or the worst exit status of a part.
+
+    A part of status 1 lacks some of its runs (no weights, say), and the others go on. Any other ends the report.
+    """
+    options = tyro.cli(Options, args=argv, prog='report/make.py')
+    if unknown := [name for name in options.parts if name not in PARTS]:
+        print(f'report: error: parts must be of {", ".join(PARTS)}; got {unknown[0]!r}', file=sys.stderr)
+        return 2
+    more = ((0, 1, 2) if options.scale == 'full' else ()) if options.seeds is None else options.seeds
+    statuses = [0]
+    for seeds in [(), more] if more else [()]:  # the scripts' own first, so that all parts are there early
+        for name in options.parts:
+            part = PARTS[name]
+            reduced = part.reduced if options.scale == 'cpu' else ''
+            statuses.append(run(part, options, reduced, seeds or (part.seeds if options.scale == 'cpu' else ())))
+            if statuses[-1] > 1:
+                return statuses[-1]
+            collect(name, options)
+            text = fill(options.report.read_text(encoding='utf-8'), options.report.parent, {name: reduced})
+            write_atomically(options.report, text)
+    return max(statuses)
+
+
+# --- running ------------------------------------------------------------------------------------------------
+
+
+def arguments(part: Part, constants: str, seeds: Sequence[int]) -> list[str]:
+    """The command line of a part, but for its data, weights and results: 'num_epochs=3' -> ['--num-epochs', '3']."""
+    line = ['--experiment', part.experiment]
+    for constant in constants.split():
+        key, values = constant.split('=')
+        line += [f'--{key.replace("_", "-")}', *values.split(',')]
+    return line + (['--seeds', *map(str, seeds)] if seeds else [])
+
+
+def results_of(part: Part, options: Options) -> Path:
+    """The folder in which a part's experiments lie."""
+    return options.results / f'report-{options.scale}' / part.script.__name__
+
+
+def run(part: Part, options: Options, constants: str, seeds: Sequence[int]) -> int:
+    """Run one part, with these seeds or the script's own -> its exit status."""
+    weights = ['--weights', options.weights] if part.script is ex3_pretrained else []
+    return part.script.main([*arguments(part, constants, seeds), '--data', options.data, *weights,
+                             '--results', str(results_of(part, options).parent)])
+
+
+def collect(name: str, options: Options) -> None:
+    """Copy a part's summary and pictures beside the report."""
+    part, target = PARTS[name], options.report.parent
+    summaries = [path for path in results_of(part, options).glob('*/summary.csv')
+                 if re.fullmatch(rf'{part.experiment}(-[0-9]+)?', path.parent.name)]
+    newest = max(summaries, key=lambda path: path.stat().st_mtime).parent  # edited constants begin a new folder
+    shutil.copyfile(newest / 'summary.csv', target / f'{name}.csv')
+    for picture in part.pictures:
+        made, published = newest / f'{picture}.png', target / f'{name}-{picture}.png'
+        if made.exists():
+            shutil.copyfile(made, published)
+        else:  # no run could be done
+            published.unlink(missing_ok=True)
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+MARKER = re.compile(r'<!-- (?P<part>[\w-]+):(?P<constants>[^>]*) -->')
+
+
+def fill(text: str, folder: Path, made: dict[str, str] | None = None) -> str:
+    """The report's text, its blocks made anew from the summaries in `folder`; made: part -> its constants, if new."""
+    constants = {part: words.strip() for part, words in MARKER.findall(text)} | (made or {})
+
+    def anew(match: re.Match) -> str:
+        part = match['part']
+        content = overview(constants, folder) if part == 'overview' else block(part, constants[part], folder)
+        return f'<!-- {part}: {constants[part]} -->\n\n{content}\n\n<!-- end -->'
+    return re.sub(rf'{MARKER.pattern}.*?<!-- end -->', anew, text, flags=re.DOTALL)
+
+
+def block(name: str, constants: str, folder: Path) -> str:
+    """What the report shows of a part: its command, conditions, table and pictures, as Markdown."""
+    part, results = PARTS[name], read(name, folder)
+    if not results:
+        return '*Not run yet.*'
+    line = [f'{part.script.__name__}.py', *arguments(part, constants, sorted({result.seed for result in results}))]
+    first, scale = results[0], '**Reduced scale**' if constants else 'Full scale'
+    pictures = [f'![{name}: {picture}]({name}-{picture}.png)' for picture in part.pictures
+                if (folder / f'{name}-{picture}.png').exists()]
+    return '\n\n'.join([f'    python {shlex.join(line)}', f'{scale}: {first.data}, {first.training_images:,} training, '
+                        f'{first.validation_images:,} validation, {first.test_images:,} test images.',
+                        summary_table(results), *pictures])
+
+
+def overview(constants: dict[str, str], folder: Path) -> str:
+    """A table of the parts: their scale, device and time."""
+    rows, total = [['part', 'scale', 'runs', 'training', 'on']], 0.0
+    for name in PARTS:
+        if results := read(name, folder):
+            seconds = sum(result.seconds for result in results)
+            total += seconds
+            rows.append([name, f'**reduced**: {constants[name]}' if constants[name] else 'full', str(len(results)),
+                         duration(seconds), f'{results[0].device}, {results[0].precision}'])
+    return f'{markdown_table(rows)}\n\nTraining alone took {duration(total)}.'
+
+
+def read(name: str, folder: Path) -> list[Result]:
+    """The results of a part; none where it has not run."""
+    path = folder / f'{name}.csv'
+    return read_csv(Result, path) if path.exists() else []
+
+
+if __name__ == '__main__':
+    sys.exit(main())
