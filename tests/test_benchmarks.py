@@ -56,7 +56,8 @@ def test_ratios_and_utilisation_are_taken_within_each_repetition():
 
 def test_the_usual_script_sees_the_same_numbers_as_the_project():
     data = load()
-    images = usual_script.PilImages(data.train, usual_script.usual_transform(ex3_convnet.Config(), (0.5,) * 3, (0.5,) * 3))
+    transform = usual_script.usual_transform(ex3_convnet.Config(), (0.5,) * 3, (0.5,) * 3)
+    images = usual_script.PilImages(data.train, transform)
     usual, labels = zip(*(images[i] for i in range(len(images))), strict=True)
     expected, expected_labels = next(iter(Batches(data.train, 4)))
     torch.testing.assert_close(torch.stack(usual), expected)
@@ -132,3 +133,50 @@ def test_a_tiny_run_prints_a_table_and_writes_numbers_and_a_plot(tmp_path, monke
 def test_an_unknown_case_is_one_message(capsys):
     assert speed.main(['--cases', 'ResNet']) == 2
     assert "'ResNet'" in capsys.readouterr().err
+
+
+# --- the clock ----------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Every look at it is two seconds after the one before."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        self.now += 2.0
+        return self.now
+
+
+def test_the_usual_script_counts_its_images_per_second_in_training_mode(monkeypatch, tmp_path):
+    monkeypatch.setattr(usual_script, 'time', Clock())
+    modes, forward = [], ConvNet.forward
+    monkeypatch.setattr(ConvNet, 'forward', lambda self, x: modes.append(self.training) or forward(self, x))
+    config = speed.configure(speed.CASES['ConvNet'], speed.Options(batch_size=4), load(steps=3), 'fp32', tmp_path)
+    way = usual_script.usual(ex3_convnet, config, load(steps=3), CPU)
+    assert way.run() == 12 / 2.0
+    assert modes and all(modes)
+
+
+def test_seconds_per_call_are_those_of_one_call(monkeypatch):
+    monkeypatch.setattr(speed, 'time', Clock())
+    calls = []
+    assert speed.seconds_per_call(lambda: calls.append(1), CPU, at_least=0.3) == 2.0 / 2
+    assert len(calls) == 3  # one to warm up, two that are timed
+
+
+def test_every_way_warms_up_before_it_is_measured_and_ways_take_turns(monkeypatch, tmp_path):
+    runs = []
+
+    def fake(name):
+        def make(*_arguments, **_options):
+            return speed.Way(lambda: runs.append(name) or 1.0, 2.0)
+        return make
+    for name in ('usual', 'project'):
+        monkeypatch.setattr(speed, name, fake(name))
+    monkeypatch.setattr(speed, 'fastest_workers', lambda make: (2, fake('workers')()))
+    monkeypatch.setattr(speed, 'measure_ceiling', lambda _: dict(fp32=1.0, bf16=2.0, copy=3.0))
+    case = speed.measure('ConvNet', speed.Options(repetitions=2, memory=False), load(), CPU, 'fp32', tmp_path)
+    assert runs == ['usual', 'project'] + ['usual', 'workers', 'project'] * 2
+    assert case['ways'][speed.PROJECT]['images_per_second'] == [1.0, 1.0]
