@@ -31,7 +31,7 @@ def utilisation(case: dict, way: str) -> float:
 def table(record: dict) -> str:
     """The results as Markdown: the speeds, what limits them, the conditions."""
     speeds = [['images per second', USUAL, 'with workers', PROJECT, 'ratio', 'ratio to workers']]
-    limits = [['', 'FLOP an image', 'of the ceiling: usual', 'project', 'epoch: usual', 'project', 'at the ceiling',
+    limits = [['', 'FLOP per image', 'of the ceiling: usual', 'project', 'epoch: usual', 'project', 'at the ceiling',
                'peak memory: usual', 'project']]
     notes = []
     for name, case in record['cases'].items():
