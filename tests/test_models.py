@@ -1,7 +1,4 @@
 """The two networks against the numbers of the handout and against torchvision."""
-import hashlib
-import io
-
 import pytest
 import torch
 import torchvision
@@ -10,7 +7,6 @@ from torch.nn import functional as F
 
 from ex3_convnet import ConvNet, PrintModelSize
 from ex3_pretrained import VggModel
-from models import weights as weights_module
 
 HIDDEN = [128, 512, 512, 512, 512]
 
@@ -139,59 +135,3 @@ def test_scratch_starts_with_torchvisions_initialisation():
 def test_a_frozen_random_backbone_is_refused():
     with pytest.raises(ValueError, match='pretrained'):
         VggModel(10, fine_tune=False, pretrained=False)
-
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_of_any_float_type_complete_or_without_batch_counters(vgg_file, tmp_path, dtype):
-    state = {key: tensor.to(dtype) for key, tensor in torch.load(vgg_file).items()
-             if not key.endswith('num_batches_tracked')}  # the official file has none
-    torch.save(state | {'classifier.0.weight': torch.zeros(4096, 2)}, tmp_path / 'w.pth')
-    loaded = VggModel(10, False, weights=tmp_path / 'w.pth').features.state_dict()
-    assert loaded['0.weight'].dtype == torch.float32
-    torch.testing.assert_close(loaded['0.weight'], state['features.0.weight'].float())
-
-
-def truncated(state: dict) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()[:-1000]
-
-
-@pytest.mark.parametrize('spoil', [
-    lambda state: {k: v for k, v in state.items() if k != 'features.4.weight'},
-    lambda state: state | {'features.4.weight': torch.zeros(3, 3)},
-    lambda state: {'model': state},
-    lambda state: [1, 2, 3],
-    lambda state: {'features.0.weight': 'text'},
-    truncated,
-    lambda state: b'no torch file at all',
-], ids=['missing', 'misshapen', 'nested', 'list', 'text', 'truncated', 'garbage'])
-def test_weights_that_do_not_fit_are_named(vgg_file, tmp_path, spoil):
-    spoiled = spoil(torch.load(vgg_file))
-    path = tmp_path / 'spoiled.pth'
-    if isinstance(spoiled, bytes):
-        path.write_bytes(spoiled)
-    else:
-        torch.save(spoiled, path)
-    with pytest.raises(ValueError, match='spoiled.pth'):
-        VggModel(10, fine_tune=True, weights=path)
-
-
-def test_imagenet_weights_come_from_torchs_cache_and_their_hash_is_verified(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    cached = tmp_path / 'checkpoints' / 'vgg11_bn-6002323d.pth'
-    cached.parent.mkdir()
-    cached.write_bytes(b'not these')
-    with pytest.raises(ValueError, match='SHA256'):
-        VggModel(10, fine_tune=True)
-
-
-def test_cached_imagenet_weights_with_the_right_hash_are_used(vgg_file, tmp_path, monkeypatch):
-    digest = hashlib.sha256(vgg_file.read_bytes()).hexdigest()[:8]
-    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    fake = type('W', (), {'IMAGENET1K_V1': type('V', (), {'url': f'https://example.invalid/vgg11_bn-{digest}.pth'})})
-    monkeypatch.setattr(weights_module, 'VGG11_BN_Weights', fake)
-    (tmp_path / 'checkpoints').mkdir()
-    (tmp_path / 'checkpoints' / f'vgg11_bn-{digest}.pth').write_bytes(vgg_file.read_bytes())
-    model = VggModel(10, fine_tune=True)
-    torch.testing.assert_close(model.features[0].weight.data, torch.load(vgg_file)['features.0.weight'])
