@@ -3,10 +3,10 @@
 
     python benchmarks/time_to_accuracy.py --data FOLDER
 
-Each recipe is trained once, with the test images in place of the validation images: nothing is chosen by them, the
-recipes are fixed. The same command continues what was interrupted. The usual script is the assignment's constants in
-fp32: its accuracies are those of this project's run of Q1, its minutes are computed from the measured speed of the
-usual script (benchmarks/results/), since the two train alike and differ in speed.
+Each recipe is trained once, with the test images in place of the validation images: they choose nothing, the recipes
+are fixed. The same command continues what was interrupted. The usual script is not trained: it has the assignment's
+constants, as Q1 has, so its accuracies are those of Q1; its minutes follow from its speed, which training_speed.py
+has measured.
 """
 import json
 import sys
@@ -22,17 +22,19 @@ import tyro
 
 import ex3_convnet
 from datasets import cifar10
+from lab.constants import slug
 from lab.device import describe_device, pick_device, pick_precision
 from lab.errors import ends_in_a_sentence
 from lab.figure import COLOURS, Title, new_figure, own_style, save_figure
 from lab.files import write_atomically
 from lab.history import History
+from lab.identity import choose_folder, claim, identity, recorded_precision
 from lab.progress import Progress
 from lab.results import markdown_table
 from lab.run import Run
 
 LEVELS = (75, 80, 85, 88)  # percent of the test images
-HERE = Path(__file__).parent
+Curve = Sequence[tuple[float, float]]  # for each epoch: minutes of training until its end, test accuracy in percent
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,8 @@ class Options:
     """Train recipes of ex3_convnet.py and print the minutes until each test accuracy."""
     data: str = 'auto'  # as in the scripts
     recipes: tuple[str, ...] = ('fast', 'Q1')  # questions of ex3_convnet.py, of which the first run is trained
-    speed: Path = HERE / 'results' / 'AMD-EPYC-2-threads.json'  # the speed of the usual script, by training_speed.py
-    num_epochs: int | None = None  # None: as the recipe has it
-    hidden_size: tuple[int, ...] | None = None  # None: as the recipe has it
+    speed: Path | None = None  # a JSON file of training_speed.py, for the usual script; None: that of this device
+    num_epochs: int | None = None  # for a quick look; None: as the recipe has it
     device: str = 'auto'
     precision: Literal['auto', 'fp32', 'bf16'] = 'auto'
     results: Path = Path('results') / 'time_to_accuracy'
@@ -52,35 +53,58 @@ class Options:
 def main(argv: Sequence[str] = ()) -> int:
     """Train what is not finished, print the table, write JSON and a picture; returns the exit status."""
     options = tyro.cli(Options, args=list(argv), prog='benchmarks/time_to_accuracy.py')
+    if unknown := [name for name in options.recipes if name not in ex3_convnet.QUESTIONS]:
+        raise ValueError(f'recipes must be of {", ".join(ex3_convnet.QUESTIONS)}; got {unknown[0]!r}')
     device = pick_device(options.device)
-    precision, _ = pick_precision(options.precision, device)
+    speed = usual_speed(options.speed or Path(__file__).parent / 'results' / f'{slug(describe_device(device))}.json')
     constants = ex3_convnet.Config()
     data = cifar10.load(options.data, constants.data_root, constants.num_training, constants.num_validation).to(device)
-    images_per_second = median(json.loads(options.speed.read_text())['cases']['ConvNet']['ways']['usual script'][
-        'images_per_second'])
-    curves = {}
-    for recipe in options.recipes:
-        row = next(iter(ex3_convnet.QUESTIONS[recipe].rows.values()))
-        given = {key: value for key in ('num_epochs', 'hidden_size') if (value := getattr(options, key)) is not None}
-        config = replace(constants, **(row | given), num_classes=len(data.classes), precision=precision)
-        run = Run(recipe, 0, config, replace(data, val=data.test), data.source, options.results / recipe / 'seed0',
-                  device, Progress(f'{recipe}, on the test images'), set())
-        run.folder.mkdir(parents=True, exist_ok=True)
-        if not (run.folder / 'result.json').exists():
-            ex3_convnet.train(run)
-        history = History.read(run.folder / 'history.csv')
+    data = replace(data, val=data.test)  # what is evaluated after each epoch
+    given = {'num_epochs': options.num_epochs} if options.num_epochs else {}
+    configs = {recipe: replace(constants, **next(iter(ex3_convnet.QUESTIONS[recipe].rows.values())) | given,
+                               num_classes=len(data.classes), precision=options.precision)
+               for recipe in options.recipes}
+    folder = choose_folder(options.results, {recipe: identity(config, data, {}) for recipe, config in configs.items()},
+                           constants)
+    precision = options.precision
+    if precision == 'auto':  # as it was begun, else the faster one
+        recorded = recorded_precision(folder, options.recipes[0], iter(()))
+        precision = recorded[0] if recorded else pick_precision('auto', device)[0]
+    curves: dict[str, Curve] = {}
+    for recipe, config in configs.items():
+        history = train(Run(recipe, 0, replace(config, precision=precision), data, data.source,
+                            folder / slug(recipe) / 'seed0', device, Progress(f'{recipe}, on the test images'), set()))
         accuracies = [100 * accuracy for accuracy in history['val_accuracy']]
         curves[f'this project, {recipe}'] = list(zip(cumulated(history['seconds']), accuracies, strict=True))
         if recipe == 'Q1':
-            seconds = [epoch.seconds * epoch.images_per_second / images_per_second for epoch in history.epochs]
+            seconds = [epoch.seconds * epoch.images_per_second / speed for epoch in history.epochs]
             curves['usual script'] = list(zip(cumulated(seconds), accuracies, strict=True))
-    title = Title('How long until the test images are recognised?',
-                  f'{data.source}: {len(data.train):,} training, {len(data.test):,} test images; '
-                  f'{describe_device(device)}, {precision}; usual script: {images_per_second:.0f} images/s in fp32')
-    print(table(curves))
-    write_atomically(options.results / 'curves.json', json.dumps({'title': title, 'curves': curves}, indent=1) + '\n')
-    print(f'\n{plot(curves, options.results / "time_to_accuracy.png", title)}')
+    title = Title('How many minutes until the test images are recognised?',
+                  f'{data.source}: {len(data.train):,} training, {len(data.test):,} test images, one seed; '
+                  f'{describe_device(device)}, {precision}', f'num_epochs={options.num_epochs}' if given else '')
+    note = (f'The usual script was not trained: its accuracies are those of Q1, its minutes are what as many images '
+            f'take at {speed:,.0f} images/s, its speed in fp32.') if 'usual script' in curves else ''
+    print(f'{" · ".join(filter(None, title))}\n\n{table(curves)}\n\n{note}')
+    write_atomically(folder / 'curves.json', json.dumps({'title': title, 'note': note, 'curves': curves}, indent=1))
+    print(f'\n{folder / "curves.json"}\n{plot(curves, folder / "time_to_accuracy.png", title)}')
     return 0
+
+
+def usual_speed(path: Path) -> float:
+    """Images per second of the usual script, as training_speed.py has written them. Raises ValueError without them."""
+    try:
+        return median(json.loads(path.read_text())['cases']['ConvNet']['ways']['usual script']['images_per_second'])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path} does not hold the speed of the usual script ({type(error).__name__}): run '
+                         f'benchmarks/training_speed.py on this machine, or name its JSON file with --speed') from error
+
+
+def train(run: Run) -> History:
+    """Train a run, or what is left of it."""
+    claim(run.folder, identity(run.config, run.data, {}))
+    if not (run.folder / 'result.json').exists():
+        ex3_convnet.train(run)
+    return History.read(run.folder / 'history.csv')
 
 
 def cumulated(seconds: Sequence[float]) -> list[float]:
@@ -88,12 +112,12 @@ def cumulated(seconds: Sequence[float]) -> list[float]:
     return [sum(seconds[:epoch + 1]) / 60 for epoch in range(len(seconds))]
 
 
-def minutes_until(level: float, curve: Sequence[tuple[float, float]]) -> float | None:
+def minutes_until(level: float, curve: Curve) -> float | None:
     """The end of the first epoch after which at least `level` percent are right; None if there is none."""
     return next((minutes for minutes, accuracy in curve if accuracy >= level), None)
 
 
-def table(curves: dict[str, list[tuple[float, float]]]) -> str:
+def table(curves: dict[str, Curve]) -> str:
     """Minutes until each level, as Markdown."""
     lines = [['minutes until', *(f'{level} %' for level in LEVELS), 'at the end']]
     for name, curve in curves.items():
@@ -104,7 +128,7 @@ def table(curves: dict[str, list[tuple[float, float]]]) -> str:
 
 
 @own_style()
-def plot(curves: dict[str, list[tuple[float, float]]], path: Path, title: Title) -> Path:
+def plot(curves: dict[str, Curve], path: Path, title: Title) -> Path:
     """Test accuracy against minutes of training."""
     figure = new_figure(8, 4, title)
     panel = figure.subplots()

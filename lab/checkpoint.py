@@ -62,6 +62,7 @@ class Checkpoint:
         if (self.folder / 'checkpoint.pt').exists():
             with reading(self.folder / 'checkpoint.pt'):
                 self._load(load_tensors(self.folder / 'checkpoint.pt', next(self.model.parameters()).device))
+            self.progress.draw(self.history, self.folder)  # a kill may have come before it
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,

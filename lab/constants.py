@@ -99,9 +99,16 @@ def _parse(script: str, default: Config, argv: Sequence[str]) -> Config:
     except SystemExit as stop:
         if not stop.code:
             raise  # --help
-        lines = [line.strip('│╭╮╰╯─ ') for line in box.getvalue().splitlines()[1:]]
+        text = re.sub(r'\x1b\[\d*m', '', box.getvalue())  # without a terminal's colours
+        text = '\n'.join(line.strip('│╭╮╰╯─ ') for line in text.splitlines()[1:])
+        lines = re.sub('^-+$', '', text, flags=re.M).strip().splitlines()  # the box of a console that is not UTF-8
         message = ' '.join(lines[:lines.index('')] if '' in lines else lines)
-        if near := re.search(r'Perhaps you meant: (--[\w-]+)', ' '.join(filter(None, lines))):
+        if wrong := re.match(r"(?:Error parsing|Missing value for argument|.* for argument) '?(--[\w-]+)", message):
+            option = wrong[1]
+            given = re.findall(rf'{re.sub("-", "[-_]", option)}(?![\w-])(.*?)(?= --|$)', ' '.join(argv))
+            kind = get_type_hints(type(default))[option[2:].replace('-', '_')]
+            message = f'{option} must be {_meant(kind)}, got {"".join(given[-1:]).lstrip(" =")!r}'
+        elif near := re.search(r'Perhaps you meant: (--[\w-]+)', ' '.join(filter(None, lines))):
             message += f': did you mean {near[1]}?'
         raise ValueError(f'{message} (all options: python {script}.py --help)') from None
 
@@ -122,19 +129,28 @@ def _check_table(name: str, table: Mapping[str, Mapping], allowed: set[str]) -> 
 def _typed(config: Config) -> Config:
     """The constants as they were edited, lists as tuples; ValueError for one of a wrong type (tyro checks options)."""
     kinds = get_type_hints(type(config))
-    config = replace(config, **{key: tuple(value) if isinstance(value, list) else Path(value) if kinds[key] is Path
-                                else value for key, value in vars(config).items()})
+    config = replace(config, **{key: tuple(value) if isinstance(value, list)
+                                else Path(value) if kinds[key] is Path and isinstance(value, str) else value
+                                for key, value in vars(config).items()})
     for key, value in vars(config).items():
-        kind, choices = kinds[key], get_args(kinds[key])
         try:
-            check_type(value, kind)
-            if isinstance(value, bool) and kind is not bool:
+            check_type(value, kinds[key])
+            if kinds[key] is not bool and bool in map(type, value if isinstance(value, tuple) else [value]):
                 raise TypeCheckError('True and False are no numbers')
         except TypeCheckError:
-            wanted = (' or '.join(map(repr, choices)) if get_origin(kind) is Literal
-                      else kind.__name__ if isinstance(kind, type) and not choices else str(kind))
-            raise ValueError(f'{key} must be {wanted}, got {value!r}') from None
+            raise ValueError(f'{key} must be {_meant(kinds[key])}, got {value!r}') from None
     return config
+
+
+def _meant(kind: Any) -> str:
+    """A constant's type in words: int -> 'a whole number', Literal['BN'] | None -> "'BN' or None"."""
+    kinds = get_args(kind)
+    if get_origin(kind) is Literal:
+        return ' or '.join(map(repr, kinds))
+    if get_origin(kind) is tuple:
+        return 'whole numbers, such as (1, 2)' if ... in kinds else f'{len(kinds)} whole numbers'
+    words = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'a text', Path: 'a path'}
+    return ' or '.join(map(_meant, kinds)) or words.get(kind, 'None')
 
 
 def _check_ranges(config: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
@@ -143,4 +159,4 @@ def _check_ranges(config: Any, ranges: Mapping[str, tuple[float, float]]) -> Non
         value = getattr(config, key, None)
         numbers = value if isinstance(value, tuple) else () if value is None else (value,)
         if value == () or not all(low <= number <= high for number in numbers):
-            raise ValueError(f'{key} must be between {low:g} and {high:g}, got {value}')
+            raise ValueError(f'{key} must be between {low:,} and {high:,}, got {value}')

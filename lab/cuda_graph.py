@@ -49,10 +49,13 @@ class replayed:  # used like a function: step = replayed(step, optimizer)
     def _capture(self, stream: torch.cuda.Stream) -> 'torch.cuda.CUDAGraph | str':
         self.optimizer.zero_grad(set_to_none=True)  # so that gradients live in the graph's memory
         graph = torch.cuda.CUDAGraph()
+        generator = torch.cuda.default_generators[self.images.device.index]
+        random_state = generator.clone_state()
         try:
             with torch.cuda.graph(graph, stream=stream):
                 self.result = self.step(self.images, self.labels)
         except Exception as error:
+            generator.graphsafe_set_state(random_state)  # else as if still capturing: the next draw fails
             why = 'out of memory' if is_out_of_memory(error) else f'{type(error).__name__}: {first_sentence(error)}'
             tqdm.write(f'The training step could not be captured as a CUDA graph ({why}): ordinary steps go on.')
             return 'failed'

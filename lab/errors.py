@@ -64,12 +64,14 @@ class Console:
     """
 
     def __init__(self, stream: TextIO | None):
-        self.stream = stream if stream is not None else open(os.devnull, 'w')  # noqa: SIM115
+        is_open = stream is not None and not getattr(stream, 'closed', False)
+        self.stream = stream if is_open else open(os.devnull, 'w')  # noqa: SIM115
         if hasattr(self.stream, 'reconfigure'):
-            self.stream.reconfigure(line_buffering=True, errors='backslashreplace')  # a log shows each line at once
+            self.stream.reconfigure(line_buffering=True)  # a log shows each line at once
 
     def write(self, text: str) -> int:
-        self._try(self.stream.write, text)
+        encoding = getattr(self.stream, 'encoding', None) or 'utf-8'
+        self._try(self.stream.write, text.encode(encoding, 'backslashreplace').decode(encoding))
         return len(text)
 
     def flush(self) -> None:
@@ -79,11 +81,11 @@ class Console:
         try:
             operation(*arguments)
         except (OSError, ValueError):  # the reader has left; the stream is closed
-            nowhere = open(os.devnull, 'w')  # noqa: SIM115
             try:
-                os.dup2(nowhere.fileno(), self.stream.fileno())  # what is buffered goes there at exit
+                with open(os.devnull, 'w') as nowhere:
+                    os.dup2(nowhere.fileno(), self.stream.fileno())  # what is buffered goes there at exit
             except (OSError, ValueError):
-                self.stream = nowhere
+                self.stream = open(os.devnull, 'w')  # noqa: SIM115
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

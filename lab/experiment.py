@@ -1,4 +1,5 @@
 """An experiment: its folder, the runs still to do, what is known of the others, its table and its pictures."""
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from lab.errors import drawn
 from lab.figure import Title
 from lab.files import load_tensors, reading, to_csv, write_atomically
 from lab.history import History
-from lab.identity import NOT_IDENTITY, choose_folder, identity, recorded_precision, same_runs
+from lab.identity import NOT_IDENTITY, choose_folder, claim, identity, recorded_precision, same_runs, seed_folders
 from lab.notebook import show
 from lab.plots import Accuracy, plot_curves
 from lab.progress import Progress
@@ -64,8 +65,12 @@ class Experiment:
         self.everywhere = Path(first.results) / script
         self.identities = {run: identity(config, self.data[run], (known_by or {}).get(run, {}))
                            for run, config in self.rows.items()}
-        self.folder = choose_folder(self.everywhere / name, self.identities, constants)
-        self._settle_precision()
+        self.shared = FileLock(self.everywhere / name / '.locks' / 'shared')  # for what all processes read and write
+        with self.shared:
+            self.folder = choose_folder(self.everywhere / name, self.identities, constants)
+            self._settle_precision()
+            for run, seed in self.jobs():  # at once, so that a process with other constants takes another folder
+                claim(self.run_folder(run, seed), self.identities[run])
         self.results: list[Result] = []
         self.histories: dict[str, list[History]] = {}
         self.not_run: dict[tuple[str, int], Result] = {}
@@ -144,14 +149,18 @@ class Experiment:
         skipped: set[tuple[str, int]] = set()
         while (run := self._next(skipped)) is not None:
             yield run
-            self.held.close()
             if run.result.status == 'not run':
                 self.not_run[run.name, run.seed] = run.result
                 print(f'{run.label}: not run: {run.result.reason}', file=sys.stderr)
+                with self.shared:
+                    if {path.name for path in run.folder.glob('*')} == {'config.json'}:
+                        shutil.rmtree(run.folder)  # it was never begun: other weights may take its place
+            self.held.close()
             skipped.add((run.name, run.seed))
             if self._to_do() and time.monotonic() - self.tabled_at > SECONDS_BETWEEN_TABLES:
-                self._collect()
-                self._tabulate()
+                with self.shared:
+                    self._collect()
+                    self._tabulate()
 
     def _next(self, skipped: set[tuple[str, int]]) -> Run | None:
         """The next run that nobody has, locked; None if there is none."""
@@ -165,20 +174,20 @@ class Experiment:
                 continue
             if (name, seed) in skipped:
                 continue
-            (self.folder / '.locks').mkdir(exist_ok=True)
             try:
                 lock = FileLock(self.folder / '.locks' / f'{slug(name)}-seed{seed}')
                 self.held.enter_context(lock.acquire(timeout=0))
             except Timeout:
                 self.elsewhere.add((name, seed))
                 continue
-            run = self._run(name, seed)
-            finished = None
             if not (folder / 'result.json').exists():  # another process may have finished it just now
-                same = same_runs(self.everywhere, run.identity, self.constants, seed)
-                finished = next((path for path in same if run.take_over(path)), None)
-                if finished is None:
-                    return run
+                run = self._run(name, seed)
+                same = same_runs(self.everywhere, self.identities[name], self.constants, seed)
+                with self.shared:
+                    finished = next((path for path in same if run.take_over(path)), None)
+                    if finished is None:
+                        claim(folder, self.identities[name])
+                        return run
                 print(f'{label}: already trained for {finished.parents[1].name}')
                 skipped.add((name, seed))
             self.held.close()
@@ -186,9 +195,8 @@ class Experiment:
 
     def jobs(self) -> list[tuple[str, int]]:
         """(run, seed): those that are finished, also of seeds of earlier calls, and those that are asked for."""
-        finished = [(name, int(seed)) for name in self.rows
-                    for path in sorted(self.folder.glob(f'{slug(name)}/seed*/result.json'))
-                    if (seed := path.parent.name.removeprefix('seed')).isdecimal()]  # and no 'seed0 copy'
+        finished = [(name, seed) for name in self.rows
+                    for seed, path in seed_folders(self.folder, slug(name)) if (path / 'result.json').exists()]
         seeds = dict.fromkeys(seed for config in self.rows.values() for seed in config.seeds)
         asked = [(name, seed) for seed in seeds for name, config in self.rows.items() if seed in config.seeds]
         return [job for job in finished if job not in asked] + asked
@@ -207,14 +215,14 @@ class Experiment:
                     for row in later for key in ('mode', 'hidden_size'))  # else their epochs take another time
         progress = Progress(f'{name}, seed {seed}', self.title, sum(row.num_epochs for row in later) if alike else 0,
                             self.sooner)
-        return Run(name, seed, config, self.data[name], self.source(self.data[name]), self.identities[name],
-                   self.run_folder(name, seed), self.device, progress, self.sizes)
+        return Run(name, seed, config, self.data[name], self.source(self.data[name]), self.run_folder(name, seed),
+                   self.device, progress, self.sizes)
 
     # --- what there is afterwards ---------------------------------------------------------------------------
 
     def conclude(self, pictures: Sequence[Picture] = ()) -> int:
         """Write and print the table, draw the curves and `pictures`; returns the exit status: 0, or 1 if any failed."""
-        with FileLock(self.folder / '.locks' / 'table'):  # of several processes, the last one has everything
+        with self.shared:  # of several processes, the last one has everything
             self._collect()
             made = self._tabulate()
             if self.histories:
@@ -224,7 +232,7 @@ class Experiment:
             self._write_page()
         print(f'\n{summary(self.results)}\n')
         print('\n'.join(map(str, [self.folder / 'summary.md', self.folder / 'summary.csv', *plots])))
-        for name, seed in sorted(self.elsewhere):
+        for name, seed in sorted(self.elsewhere & set(self._to_do())):
             print(f'{name}, seed {seed}: being trained by another process, which adds it to the table')
         failed = [result for result in self.results if result.status != 'finished']
         for result in failed:

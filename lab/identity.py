@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets.cifar10 import Data
 from lab.constants import Constants, slug
-from lab.files import DamagedFile, reading
+from lab.files import DamagedFile, reading, write_atomically
 
 # Constants that do not change what a run is. `data` does, by its content; `data_root` only says where it was found.
 NOT_IDENTITY = ('experiment', 'results', 'seeds', 'device', 'data_root')
@@ -19,10 +19,10 @@ def identity(config: Constants, data: Data, known_by: Mapping[str, Any]) -> dict
                     | {'data': f'SHA256 {data.content}'} | dict(known_by))
 
 
-def read_identity(path: Path, defaults: Constants) -> dict[str, Any]:
-    """What a config.json holds; a constant that did not exist yet had its default. Raises DamagedFile."""
-    with reading(path):
-        recorded = dict(json.loads(path.read_text()))
+def read_identity(folder: Path, defaults: Constants) -> dict[str, Any]:
+    """What a run's config.json holds; a constant that did not exist yet had its default. Raises DamagedFile."""
+    with reading(folder / 'config.json'):
+        recorded = dict(json.loads((folder / 'config.json').read_text()))
     return _as_json({key: value for key, value in vars(defaults).items() if key not in NOT_IDENTITY}) | recorded
 
 
@@ -35,33 +35,48 @@ def difference(there: dict[str, Any], now: dict[str, Any]) -> str:
     return ''
 
 
+def seed_folders(folder: Path, run: str = '*') -> list[tuple[int, Path]]:
+    """(seed, folder) of each run below an experiment's folder, and of no 'seed0 copy'."""
+    return [(int(seed), path) for path in sorted(folder.glob(f'{run}/seed*'))
+            if (seed := path.name.removeprefix('seed')).isdecimal()]
+
+
 def choose_folder(base: Path, identities: Mapping[str, dict], defaults: Constants) -> Path:
     """The first of base, base-2, base-3 ... that is new or holds these runs."""
     for n in itertools.count(1):
         folder = base if n == 1 else base.with_name(f'{base.name}-{n}')
         folder.mkdir(parents=True, exist_ok=True)
         different = (f'{run}: {text}' for run, now in identities.items()
-                     for path in sorted(folder.glob(f'{slug(run)}/seed*/config.json'))
-                     if (text := difference(read_identity(path, defaults), now)))
+                     for _, path in seed_folders(folder, slug(run))
+                     if any((path / name).exists() for name in ('config.json', 'checkpoint.pt', 'result.json'))
+                     and (text := difference(read_identity(path, defaults), now)))
         if not (text := next(different, '')):
             return folder
         print(f'{folder} holds runs with other constants ({text}); it is left alone, using the next folder')
 
 
+def claim(folder: Path, now: dict[str, Any]) -> None:
+    """Write a run's config.json, unless it is there."""
+    if not (folder / 'config.json').exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / 'config.json', json.dumps(now, indent=1) + '\n')
+
+
 def same_runs(results: Path, now: dict[str, Any], defaults: Constants, seed: int | None = None) -> Iterator[Path]:
     """The folders of finished runs of this identity below `results`, whichever experiment they belong to."""
-    for path in sorted(results.glob(f'*/*/seed{"*" if seed is None else seed}/config.json')):
+    for found, path in seed_folders(results, '*/*'):
         try:
-            if (path.parent / 'result.json').exists() and not difference(read_identity(path, defaults), now):
-                yield path.parent
+            if (seed in (None, found) and (path / 'result.json').exists()
+                    and not difference(read_identity(path, defaults), now)):
+                yield path
         except DamagedFile:
             continue  # of another experiment: not ours to complain about
 
 
 def recorded_precision(folder: Path, run: str, others: Iterator[Path]) -> tuple[str, Path] | None:
     """(precision, where it stands) of a run that was begun in `folder`, else of its other runs, else of `others`."""
-    begun = [path.parent for pattern in (slug(run), '*')
-             for path in sorted(folder.glob(f'{pattern}/seed*/config.json'))]
+    begun = [path for pattern in (slug(run), '*') for _, path in seed_folders(folder, pattern)
+             if (path / 'config.json').exists()]
     for path in itertools.chain(begun, others):
         with reading(path / 'config.json'):
             return json.loads((path / 'config.json').read_text())['precision'], path

@@ -28,7 +28,6 @@ class Run:
     config: Constants
     data: Data
     source: str  # of its data and weights, for people
-    identity: dict[str, Any]  # what config.json holds
     folder: Path
     device: torch.device
     progress: Progress
@@ -40,12 +39,10 @@ class Run:
         return f'{self.name}, seed {self.seed}'
 
     def begin(self, model: nn.Module) -> bool:
-        """Create the folder with its config.json, note what is to be trained -> whether its size is a new one."""
+        """Note what is to be trained -> whether its size is a new one."""
         sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
                  for trainable in (False, True)]
         self.result = self._new_result(parameters=sizes[0], trainable=sizes[1])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / 'config.json', json.dumps(self.identity, indent=1) + '\n')
         is_new = sizes[1] not in self.sizes
         self.sizes.add(sizes[1])
         return is_new
@@ -89,7 +86,8 @@ class Run:
             return False
         copy = self.folder.with_name(f'.{self.folder.name}.tmp')  # hidden until it is complete
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(finished, copy, copy_function=_link_or_copy, ignore=shutil.ignore_patterns('*.png', '*.tmp'))
+        shutil.copytree(finished, copy, copy_function=_link_or_copy,
+                        ignore=shutil.ignore_patterns('*.png', '*.tmp', 'checkpoint.pt'))
         self.result.run, self.result.data = self.name, self.source
         write_atomically(copy / 'result.json', json.dumps(asdict(self.result), indent=1) + '\n')
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -4,9 +4,10 @@
     python report/make.py --data FOLDER --weights FILE    # every question as the assignment has it, three seeds
     python report/make.py --scale cpu                     # reduced where a CPU would take days, and said so
 
-The same command continues what was interrupted. What stands in README.md between `<!-- Q1: CONSTANTS -->` and
-`<!-- end -->` is replaced by what part Q1 gave with these constants (none: at full scale); summaries and pictures are
-kept beside it. The text around it stays as it is: it speaks of the runs that were published, and is yours to rewrite.
+The same command continues what was interrupted, and runs that the scripts have finished are not repeated. What stands
+in README.md between `<!-- Q1: CONSTANTS -->` and `<!-- end -->` is replaced by what part Q1 gave with these constants
+(none: at full scale), but full scale never by a reduced one; summaries and pictures are kept beside it. The text around
+it stays as it is: it speaks of the runs that were published, and is yours to rewrite.
 """
 import re
 import shlex
@@ -24,6 +25,7 @@ import tyro
 
 import ex3_convnet
 import ex3_pretrained
+from lab.errors import ends_in_a_sentence
 from lab.files import read_csv, write_atomically
 from lab.progress import duration
 from lab.results import Result, markdown_table, summary_table
@@ -61,7 +63,7 @@ PARTS = {  # in the order in which they run
 @dataclass(frozen=True)
 class Options:
     """Run every experiment of both scripts and fill report/README.md."""
-    scale: Literal['full', 'cpu'] = 'full'  # cpu: fewer images, epochs or filters, see PARTS
+    scale: Literal['full', 'cpu'] = 'full'  # cpu: fewer filters or epochs where a CPU would take days
     parts: tuple[str, ...] = tuple(PARTS)  # which parts
     seeds: tuple[int, ...] | None = None  # repetitions, once all parts have run; None: 0 1 2, with cpu none
     data: str = 'auto'  # as in the scripts
@@ -70,27 +72,30 @@ class Options:
     report: Path = HERE / 'README.md'
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@ends_in_a_sentence
+def main(argv: Sequence[str] = ()) -> int:
     """Run what is not finished and fill the report; returns 0, or the worst exit status of a part.
 
     A part of status 1 lacks some of its runs (no weights, say), and the others go on. Any other ends the report.
     """
-    options = tyro.cli(Options, args=argv, prog='report/make.py')
+    options = tyro.cli(Options, args=list(argv), prog='report/make.py')
     if unknown := [name for name in options.parts if name not in PARTS]:
-        print(f'report: error: parts must be of {", ".join(PARTS)}; got {unknown[0]!r}', file=sys.stderr)
-        return 2
-    more = ((0, 1, 2) if options.scale == 'full' else ()) if options.seeds is None else options.seeds
+        raise ValueError(f'parts must be of {", ".join(PARTS)}; got {unknown[0]!r}')
+    is_full = options.scale == 'full'
+    more = ((0, 1, 2) if is_full else ()) if options.seeds is None else options.seeds
     statuses = [0]
     for seeds in [(), more] if more else [()]:  # the scripts' own first, so that all parts are there early
         for name in options.parts:
-            part = PARTS[name]
-            reduced = part.reduced if options.scale == 'cpu' else ''
-            statuses.append(run(part, options, reduced, seeds or (part.seeds if options.scale == 'cpu' else ())))
+            part, text = PARTS[name], options.report.read_text(encoding='utf-8')
+            reduced = '' if is_full else part.reduced
+            if reduced and read(name, options.report.parent) and constants_in(text).get(name) == '':
+                print(f'{name}: the report has it at full scale, skipped')
+                continue
+            statuses.append(run(part, options, reduced, seeds or (() if is_full else part.seeds)))
             if statuses[-1] > 1:
                 return statuses[-1]
             collect(name, options)
-            text = fill(options.report.read_text(encoding='utf-8'), options.report.parent, {name: reduced})
-            write_atomically(options.report, text)
+            write_atomically(options.report, fill(text, options.report.parent, {name: reduced}))
     return max(statuses)
 
 
@@ -106,24 +111,19 @@ def arguments(part: Part, constants: str, seeds: Sequence[int]) -> list[str]:
     return line + (['--seeds', *map(str, seeds)] if seeds else [])
 
 
-def results_of(part: Part, options: Options) -> Path:
-    """The folder in which a part's experiments lie."""
-    return options.results / f'report-{options.scale}' / part.script.__name__
-
-
 def run(part: Part, options: Options, constants: str, seeds: Sequence[int]) -> int:
     """Run one part, with these seeds or the script's own -> its exit status."""
     weights = ['--weights', options.weights] if part.script is ex3_pretrained else []
     return part.script.main([*arguments(part, constants, seeds), '--data', options.data, *weights,
-                             '--results', str(results_of(part, options).parent)])
+                             '--results', str(options.results)])
 
 
 def collect(name: str, options: Options) -> None:
-    """Copy a part's summary and pictures beside the report."""
+    """Copy the summary and pictures that a part has just written beside the report."""
     part, target = PARTS[name], options.report.parent
-    summaries = [path for path in results_of(part, options).glob('*/summary.csv')
+    summaries = [path for path in (options.results / part.script.__name__).glob('*/summary.csv')
                  if re.fullmatch(rf'{part.experiment}(-[0-9]+)?', path.parent.name)]
-    newest = max(summaries, key=lambda path: path.stat().st_mtime).parent  # edited constants begin a new folder
+    newest = max(summaries, key=lambda path: path.stat().st_mtime).parent  # other constants have other folders
     shutil.copyfile(newest / 'summary.csv', target / f'{name}.csv')
     for picture in part.pictures:
         made, published = newest / f'{picture}.png', target / f'{name}-{picture}.png'
@@ -139,9 +139,14 @@ def collect(name: str, options: Options) -> None:
 MARKER = re.compile(r'<!-- (?P<part>[\w-]+):(?P<constants>[^>]*) -->')
 
 
+def constants_in(text: str) -> dict[str, str]:
+    """part -> the constants that its block of the report was made with; '' at full scale."""
+    return {part: words.strip() for part, words in MARKER.findall(text)}
+
+
 def fill(text: str, folder: Path, made: dict[str, str] | None = None) -> str:
     """The report's text, its blocks made anew from the summaries in `folder`; made: part -> its constants, if new."""
-    constants = {part: words.strip() for part, words in MARKER.findall(text)} | (made or {})
+    constants = constants_in(text) | (made or {})
 
     def anew(match: re.Match) -> str:
         part = match['part']
@@ -183,4 +188,4 @@ def read(name: str, folder: Path) -> list[Result]:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 import ex3_convnet
@@ -105,9 +106,12 @@ def test_memory_is_counted_from_before_a_way_is_made(tmp_path):
 
 
 def test_a_tiny_run_prints_a_table_and_writes_numbers_and_a_plot(tmp_path, monkeypatch, capsys):
+    figures = []
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, file, **_: figures.append(figure) or file.write(b'a picture'))
     monkeypatch.setattr(speed, 'WORKERS', (1,))
-    monkeypatch.setattr(speed, 'MATRIX_SIDE', {'cpu': 64})
-    monkeypatch.setattr(speed, 'COPY_LENGTH', 1000)
+    monkeypatch.setattr(speed, 'seconds_per_call', lambda *_: 1.0)
+    narrow = speed.Case(ex3_convnet, dict(norm_layer='BN', hidden_size=(8, 8)))
+    monkeypatch.setitem(speed.CASES, 'ConvNet, batch norm', narrow)
     cases = ['ConvNet, batch norm', 'VGG11_bn, frozen']
     assert speed.main(['--cases', *cases, '--steps', '1', '--repetitions', '1', '--batch-size', '4', '--no-memory',
                        '--device', 'cpu', '--precision', 'fp32', '--results', str(tmp_path)]) == 0
@@ -122,7 +126,11 @@ def test_a_tiny_run_prints_a_table_and_writes_numbers_and_a_plot(tmp_path, monke
         assert all(value > 0 for values in case['ceiling'].values() for value in values)
     assert record['cases']['VGG11_bn, frozen']['features']['images'] == 2 * 4
     assert record['cases']['ConvNet, batch norm']['features'] is None
-    assert path.with_suffix('.png').read_bytes().startswith(b'\x89PNG')
+    assert path.with_suffix('.png').read_bytes() == b'a picture'
+    for panel, case in zip(figures[-1].axes, record['cases'].values(), strict=True):
+        assert [label.get_text() for label in panel.get_yticklabels()] == list(speed.WAYS)
+        assert [bar.get_width() for bar in panel.patches] == [
+            way['images_per_second'][0] for way in case['ways'].values()]
 
     assert speed.main(['--table', str(path)]) == 0
     table = capsys.readouterr().out.strip()
@@ -164,6 +172,16 @@ def test_seconds_per_call_are_those_of_one_call(monkeypatch):
     calls = []
     assert speed.seconds_per_call(lambda: calls.append(1), CPU, at_least=0.3) == 2.0 / 2
     assert len(calls) == 3  # one to warm up, two that are timed
+
+
+def test_the_ceiling_counts_two_operations_per_multiply_add_and_bytes_read_and_written(monkeypatch):
+    monkeypatch.setattr(speed, 'MATRIX_SIDE', {'cpu': 64})
+    monkeypatch.setattr(speed, 'COPY_LENGTH', 1000)
+    products = []
+    monkeypatch.setattr(speed, 'seconds_per_call', lambda call, _: products.append(call()) or 2.0)
+    assert speed.measure_ceiling(CPU) == {'fp32': 64 ** 3, 'bf16': 64 ** 3, 'copy': 4000}
+    assert [(tuple(one.shape), one.dtype) for one in products] == [
+        ((64, 64), torch.float32), ((64, 64), torch.bfloat16), ((1000,), torch.float32)]
 
 
 def test_every_way_warms_up_before_it_is_measured_and_ways_take_turns(monkeypatch, tmp_path):

@@ -1,253 +1,198 @@
 """The ConvNet script: every constant arrives, every row is what its name says, every picture shows the results."""
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from recording import CHANNELS, DATA, HALF, TINY, ask, layers, normalisation, rates, seeded
 from torch import nn
+from torchvision.transforms.functional import normalize
 
 import ex3_convnet
 from datasets.augment import Affine, ColorJitter, Crop, Cutout, Flip, Greyscale
-from ex3_convnet import QUESTIONS, Config, PrintModelSize, augmentations, main, make_model
-from lab import answers
-from lab.files import read_csv
-from lab.results import Result
-from models.convnet import ConvNet
-from training import seed_everything
+from ex3_convnet import QUESTIONS, Config, PrintModelSize
+from models.convnet import ConvNet, whiten_first_layer
 
-TINY = ['--data', 'shapes', '--num-training', '60', '--num-validation', '20', '--batch-size', '20', '--num-epochs', '1',
-        '--hidden-size', '4', '4', '4', '4', '4', '--device', 'cpu', '--precision', 'fp32']
+pytestmark = pytest.mark.usefixtures('cheap')
 
 
-def rows(name):
-    return {run: Config(**row) for run, row in QUESTIONS[name].rows.items()}
+def whitened(run):
+    """Whether the first layer starts as its seed makes it, or whitened for the first 4,000 normalised images."""
+    weight, mean, std = run.network.features[0].weight, *normalisation(run)
+    oracle = seeded(run)
+    if torch.equal(weight, oracle.features[0].weight):
+        return False
+    whiten_first_layer(oracle, torch.stack([normalize(image / 255, mean, std) for image in DATA.train.images[:4000]]))
+    torch.testing.assert_close(weight, oracle.features[0].weight, rtol=1e-3, atol=1e-5)
+    return True
+
+
+def facts(run):
+    """What a run is, of what its parts were given."""
+    norms, (group, *_) = layers(run.network, nn.BatchNorm2d), run.optimizer.param_groups
+    return dict(
+        norm='BN' if len(norms) == 5 else norms, dropout=[layer.p for layer in layers(run.network, nn.Dropout)],
+        augmentations=run.batches.augmentations, normalisation=normalisation(run), whitened=whitened(run),
+        batch_size=run.batches.batch_size, num_epochs=run.num_epochs, optimizer=type(run.optimizer).__name__,
+        reg=group.get('weight_decay'), rates=rates(run), label_smoothing=run.label_smoothing, ema_decay=run.ema_decay,
+        patience=run.patience, freeze_at=run.freeze_at)
 
 
 # --- constants arrive ---------------------------------------------------------------------------------------
 
-UNUSUAL = dict(
-    data='shapes', num_training=70, num_validation=30, normalisation='channels', seeds=(5,),
-    hidden_size=(3, 4, 5, 6, 7), norm_layer='BN', dropout=0.25, num_epochs=3, batch_size=15, learning_rate=0.007,
-    reg=0.02, optimizer='SGD', schedule='one-cycle', warmup=0.4,
-    label_smoothing=0.15, ema_decay=0.8, patience=7, whiten=True, freeze_at=0.6,
-    flip=0.3, crop_padding=3, crop_border='reflect', degrees=7.0, translate=0.05, scale=0.15, shear=4.0,
-    brightness=0.11, contrast=0.12, saturation=0.13, hue=0.04, greyscale=0.17, cutout=6, device='cpu', precision='bf16')
-ELSEWHERE = {'experiment', 'data_root', 'results', 'input_size', 'num_classes', 'learning_rate_decay'}  # tested below
+ARRIVES = {  # constant -> (an unusual value, where it must be found); a third: what is found, if not that value
+    'data': ('else', lambda run: run.given.load[0]),
+    'data_root': (Path('somewhere'), lambda run: run.given.load[1]),
+    'num_training': (333, lambda run: run.given.load[2]),
+    'num_validation': (44, lambda run: run.given.load[3]),
+    'normalisation': ('channels', normalisation, CHANNELS),
+    'results': ('', lambda run: run.folder.parts[-4:], ('ex3_convnet', 'Q1', 'ConvNet', 'seed7')),
+    'seeds': ((7,), lambda run: (run.seed,)),
+    'input_size': (3, lambda run: run.network.features[0].in_channels),
+    'num_classes': (7, lambda run: run.network.classifier.out_features, 12),  # as in the data
+    'hidden_size': ((5, 4, 6, 3, 7), lambda run: tuple(conv.out_channels for conv in layers(run.network, nn.Conv2d))),
+    'norm_layer': ('BN', lambda run: facts(run)['norm']),
+    'dropout': (0.35, lambda run: facts(run)['dropout'], [0.35] * 4),
+    'num_epochs': (30, lambda run: run.num_epochs),
+    'batch_size': (33, lambda run: (run.batches.batch_size, len(run.batches), run.batches.shuffle), (33, 15, True)),
+    'learning_rate': (0.012, lambda run: (rates(run, 12), run.optimizer.param_groups[0]['lr']), ([0.012], 0.012)),
+    'learning_rate_decay': (0.7, lambda run: None, None),  # without one-cycle, below
+    'reg': (0.03, lambda run: run.optimizer.param_groups[0]['weight_decay']),
+    'optimizer': ('SGD', lambda run: type(run.optimizer).__name__),
+    'schedule': ('one-cycle', lambda run: rates(run, 0, 30), [0, 0]),
+    'warmup': (0.4, lambda run: rates(run, 6, 12, 21), [0.006, 0.012, 0.006]),
+    'label_smoothing': (0.15, lambda run: run.label_smoothing),
+    'ema_decay': (0.6, lambda run: run.ema_decay),
+    'patience': (9, lambda run: run.patience),
+    'whiten': (True, whitened),
+    'freeze_at': (0.45, lambda run: run.freeze_at),
+    'flip': (0.31, lambda run: run.batches.augmentations[0], Flip(0.31)),
+    'crop_padding': (3, lambda run: run.batches.augmentations[1].padding),
+    'crop_border': ('reflect', lambda run: run.batches.augmentations[1], Crop(3, 'reflect')),
+    **{key: (value, lambda run, key=key: getattr(run.batches.augmentations[2], key)) for key, value in (
+        ('degrees', 7.0), ('translate', 0.05), ('scale', 0.15), ('shear', 4.0))},
+    **{key: (value, lambda run, key=key: getattr(run.batches.augmentations[3], key)) for key, value in (
+        ('brightness', 0.11), ('contrast', 0.12), ('saturation', 0.13), ('hue', 0.04))},
+    'greyscale': (0.17, lambda run: run.batches.augmentations[4], Greyscale(0.17)),
+    'cutout': (6, lambda run: run.batches.augmentations[5:], (Cutout(6),)),
+    'device': ('cuda:3', lambda run: run.given.device),
+    'precision': ('bf16', lambda run: (run.precision, run.evaluated_in), ('bf16', 'bf16')),
+}
 
 
-@pytest.fixture
-def fitted(monkeypatch):
-    """Every call of `fit` in the script: its arguments, after it has run."""
-    calls, fit = [], ex3_convnet.fit
-
-    def spy(model, batches, val, optimizer, schedule, folder, **options):
-        calls.append(dict(model=model, batches=batches, val=val, optimizer=optimizer, schedule=schedule, folder=folder,
-                          first=model.features[0].weight.detach().clone(), **options))
-        return fit(model, batches, val, optimizer, schedule, folder, **options)
-    monkeypatch.setattr(ex3_convnet, 'fit', spy)
-    return calls
+def option(key, value):
+    values = [] if value is True else value if isinstance(value, tuple) else [value]
+    return [f'--{key.replace("_", "-")}', *map(str, values)]
 
 
-def options_of(constants):
-    options = []
-    for key, value in constants.items():
-        values = [] if value is True else map(str, value) if isinstance(value, tuple) else [str(value)]
-        options += [f'--{key.replace("_", "-")}', *values]
-    return options
+@pytest.fixture(scope='module')
+def unusual(cheap):
+    options = [word for key, (value, *_) in ARRIVES.items() if key != 'results' for word in option(key, value)]
+    (run,) = ask(ex3_convnet, 'Q1', *options).runs
+    return run
 
 
-def test_every_constant_has_an_unusual_value_here():
-    assert set(UNUSUAL) | ELSEWHERE == set(Config.__annotations__)
-    assert [key for key, value in UNUSUAL.items() if value == getattr(Config(), key)] == []
+@pytest.mark.parametrize('key', [field.name for field in fields(Config) if field.name != 'experiment'])
+def test_every_constant_arrives_where_it_counts(unusual, key):
+    value, observe, *expected = ARRIVES[key]  # a KeyError: a new constant, to be added above
+    assert observe(unusual) == (expected[0] if expected else value)
 
 
-def test_every_constant_reaches_what_it_is_for(tmp_path, fitted, monkeypatch):
-    evaluated, evaluate_kept = [], ex3_convnet.evaluate_kept
-    monkeypatch.setattr(ex3_convnet, 'evaluate_kept', lambda *a: evaluated.append(a) or evaluate_kept(*a))
-    assert main([*options_of(UNUSUAL), '--results', str(tmp_path)]) == 0
-    (call,) = fitted
-    for key in ('num_epochs', 'precision', 'patience', 'label_smoothing', 'ema_decay', 'freeze_at'):
-        assert call[key] == UNUSUAL[key], key
-    assert call['seed'] == 5 and call['folder'] == tmp_path / 'ex3_convnet' / 'Q1' / 'ConvNet' / 'seed5'
-    assert [layer.out_channels for layer in call['model'].modules() if isinstance(layer, nn.Conv2d)] == [3, 4, 5, 6, 7]
-    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in call['model'].modules()) == 5
-    assert [layer.p for layer in call['model'].modules() if isinstance(layer, nn.Dropout)] == [0.25] * 4
-    assert call['batches'].augmentations == (
-        Flip(0.3), Crop(3, 'reflect'), Affine(7.0, 0.05, 0.15, 4.0), ColorJitter(0.11, 0.12, 0.13, 0.04),
-        Greyscale(0.17), Cutout(6))
-    assert (call['batches'].batch_size, call['batches'].shuffle, len(call['batches'].split)) == (15, True, 70)
-    assert len(call['val'].split) == 30 and not call['val'].shuffle
-    group, = call['optimizer'].param_groups
-    assert isinstance(call['optimizer'], torch.optim.SGD) and (group['weight_decay'], group['momentum']) == (0.02, 0.9)
-    assert [call['schedule'](x) for x in (0.6, 1.2, 2.1, 3)] == pytest.approx([0.0035, 0.007, 0.0035, 0])
-    model, _, folder, evaluation, precision, _ = evaluated[0]
-    assert (model, folder, precision) == (call['model'], call['folder'], 'bf16')
-    assert {part: len(batches.split) for part, batches in evaluation.items()} == {'train': 70, 'val': 30, 'test': 1000}
-    images = evaluation['train'].split.images[:1]
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((.4914, .4822, .4465), (.2470, .2435, .2616)))
-    for batches in (call['val'], *evaluation.values()):  # never augmented, normalised as the training images
-        assert batches.augmentations == ()
-        torch.testing.assert_close(batches.inputs(images), (images / 255 - mean) / std)
-    seed_everything(5)
-    unwhitened = make_model(Config(hidden_size=(3, 4, 5, 6, 7), norm_layer='BN', dropout=0.25), torch.device('cpu'))
-    assert not torch.equal(call['first'], unwhitened.features[0].weight)
+def test_what_only_other_choices_use_arrives_too():
+    for precision, dtype in (('fp32', torch.float32), ('bf16', torch.bfloat16)):
+        (run,) = ask(ex3_convnet, 'Q1', '--optimizer', 'Muon', '--learning-rate-decay', '0.7', '--precision', precision,
+                     '--learning-rate', '0.01').runs
+        assert run.optimizer.dtype == dtype and rates(run, 0, 1, 2.9) == pytest.approx([0.01, 0.007, 0.0049])
 
 
-@pytest.mark.parametrize('options, rates', [
-    ([], [2e-3, 2e-3 * 0.5, 2e-3 * 0.25]), (['--learning-rate-decay', '1'], [2e-3] * 3)])
-def test_the_decay_and_the_seed_arrive(tmp_path, fitted, options, rates):
-    assert main([*TINY, '--learning-rate-decay', '0.5', *options, '--results', str(tmp_path)]) == 0
-    assert [fitted[0]['schedule'](epoch) for epoch in range(3)] == pytest.approx(rates)
-    seed_everything(0)
-    expected = make_model(Config(hidden_size=(4,) * 5), torch.device('cpu'))
-    assert torch.equal(fitted[0]['first'], expected.features[0].weight)
-
-
-def test_defaults_are_the_handouts():
-    c = Config()
-    assert (c.input_size, c.num_classes, c.hidden_size) == (3, 10, (128, 512, 512, 512, 512))
-    assert (c.num_epochs, c.batch_size, c.learning_rate, c.learning_rate_decay, c.reg) == (20, 200, 2e-3, 0.95, 0.001)
-    assert (c.num_training, c.num_validation, c.norm_layer, c.dropout) == (49000, 1000, None, 0.0)
-    assert (c.optimizer, c.schedule, c.normalisation, c.whiten, c.freeze_at) == ('Adam', 'decay', 'half', False, 1.0)
-    assert augmentations(c) == []
+def test_a_model_is_selected_on_validation_and_all_images_are_evaluated_as_they_are(unusual):
+    assert torch.equal(unusual.batches.split.images, DATA.train.images)
+    for part, batches in ('val', unusual.val), *unusual.evaluation.items():
+        split = getattr(DATA, part)
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        torch.testing.assert_close(images, normalize(split.images / 255, *CHANNELS))
+        assert torch.equal(labels, split.labels)
+    assert list(unusual.evaluation) == ['train', 'val', 'test']
 
 
 # --- every row is what its name says ------------------------------------------------------------------------
 
-
-def test_q1_and_q2_compare_networks_with_the_same_hyper_parameters():
-    assert rows('Q1') == {'ConvNet': Config()}
-    assert rows('Q2a') == {'plain': Config(), 'batch norm': Config(norm_layer='BN')}
-    for run, norm_layer in (('plain', None), ('batch norm', 'BN')):
-        assert rows('Q2b')[run] == Config(norm_layer=norm_layer, num_epochs=50, seeds=(0, 1, 2), patience=None)
-
-
-@pytest.mark.parametrize('run, kinds', [
-    ('none', []), ('flip', [Flip]), ('crop', [Crop]), ('flip + crop', [Flip, Crop]), ('affine', [Affine]),
-    ('colour jitter', [ColorJitter]), ('greyscale', [Greyscale]),
-    ('all', [Flip, Crop, Affine, ColorJitter, Greyscale])])
-def test_q3a_augments_as_the_rows_say(run, kinds):
-    row = rows('Q3a')[run]
-    assert [type(augmentation) for augmentation in augmentations(row)] == kinds
-    assert 20 <= row.num_epochs <= 30 and row.norm_layer == 'BN' and row.dropout == 0
+PLAIN = dict(
+    norm=[], dropout=[], augmentations=(), normalisation=HALF, whitened=False, batch_size=200, num_epochs=20,
+    optimizer='Adam', reg=0.001, rates='decay', label_smoothing=0.0, ema_decay=0.0, patience=None, freeze_at=1.0)
+NORM = PLAIN | dict(norm='BN')
+NORM30 = NORM | dict(num_epochs=30)
+AFFINE, JITTER = Affine(10, 0.1, 0.1, 5), ColorJitter(0.3, 0.3, 0.3, 0.05)
+FAST = NORM | dict(
+    normalisation=CHANNELS, whitened=True, batch_size=500, num_epochs=8, optimizer='Muon', reg=None,
+    rates='one-cycle', label_smoothing=0.1, freeze_at=0.3, augmentations=(Flip(0.5), Crop(2, 'reflect')))
+BEST = FAST | dict(num_epochs=30, augmentations=(Flip(0.5), Crop(4, 'reflect'), Cutout(8)))
 
 
-def test_strengths_are_those_of_their_names():
-    for run, row in rows('Q3a-strength').items():
-        name, _, strength = run.rpartition(' ')
-        expected = {'': [], 'crop_padding': [Crop(row.crop_padding)], 'degrees': [Affine(degrees=row.degrees)],
-                    'translate': [Affine(translate=row.translate)],
-                    'jitter': [ColorJitter(row.brightness, row.contrast, row.saturation, row.hue)]}[name]
-        value = row.brightness if name == 'jitter' else getattr(row, name) if name else 'none'
-        assert augmentations(row) == expected and str(value) == strength
-        assert row.brightness == row.contrast == row.saturation == pytest.approx(6 * row.hue)
+def augmented(*augmentations):
+    return NORM30 | dict(augmentations=augmentations)
 
 
-def test_dropout_covers_all_probabilities_without_augmentation():
-    found = rows('Q3b')
-    assert [row.dropout for row in found.values()] == pytest.approx([0, .1, .2, .3, .4, .5, .6, .7, .8, .9])
-    assert [f'p = {row.dropout}' for row in found.values()] == list(found)
-    assert all(augmentations(row) == [] and 20 <= row.num_epochs <= 30 for row in found.values())
-
-
-def test_fast_and_best_keep_the_architecture_and_ingredients_leave_out_one_thing_each():
-    for name, epochs in (('fast', 8), ('best', 30)):
-        row = rows(name)[name]
-        assert row.num_epochs == epochs and row.optimizer == 'Muon'
-        assert PrintModelSize(make_model(row, torch.device('meta')), disp=False) == 7_682_826
-    best = QUESTIONS['best'].rows['best']
-    changed = {run: {key for key in row if row[key] != best.get(key)}
-               for run, row in QUESTIONS['ingredients'].rows.items()}
-    assert changed.pop('SGD') == {'optimizer', 'reg'} and changed.pop('all') == set()
-    assert changed.pop('Adam with decay') == {'optimizer', 'schedule', 'learning_rate', 'reg'}
-    assert all(len(keys) == 1 for keys in changed.values())
-    assert len({str(keys) for keys in changed.values()}) == len(changed)
-
-
-# --- pictures and whole experiments -------------------------------------------------------------------------
-
-PICTURES = {'Q1': {'filters', 'mistakes', 'confusion'}, 'Q2a': {'mistakes', 'confusion'}, 'Q2b': {'best_and_latest'},
-            'Q3a': {'accuracy', 'gallery'}, 'Q3a-strength': {'accuracy'}, 'Q3b': {'dropout'},
-            'fast': {'mistakes', 'confusion'}, 'best': {'mistakes', 'confusion'}, 'ingredients': {'accuracy'}}
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """What the script's and the shared pictures are given: name of the plot -> its arguments."""
-    given = {}
-
-    def spy_on(module, name):
-        plot = getattr(module, name)
-
-        def spy(*arguments, **options):
-            given[name] = arguments, options
-            return plot(*arguments, **options)
-        monkeypatch.setattr(module, name, spy)
-    for module in (ex3_convnet, answers):
-        for name in dir(module):
-            if name.startswith('plot_') or name == 'VisualizeFilter':
-                spy_on(module, name)
-    return given
+ROWS = {
+    'Q1': {'ConvNet': PLAIN},
+    'Q2a': {'plain': PLAIN, 'batch norm': NORM},
+    'Q2b': {'plain': PLAIN | dict(num_epochs=50), 'batch norm': NORM | dict(num_epochs=50)},
+    'Q3a': {'none': NORM30, 'flip': augmented(Flip(0.5)), 'crop': augmented(Crop(4)),
+            'flip + crop': augmented(Flip(0.5), Crop(4)), 'affine': augmented(AFFINE),
+            'colour jitter': augmented(JITTER), 'greyscale': augmented(Greyscale(0.2)),
+            'all': augmented(Flip(0.5), Crop(4), AFFINE, JITTER, Greyscale(0.2))},
+    'Q3a-strength': {
+        'none': NORM30, **{f'crop_padding {n}': augmented(Crop(n)) for n in (2, 4, 8)},
+        **{f'degrees {n}': augmented(Affine(degrees=n)) for n in (5, 15, 30)},
+        **{f'translate {x}': augmented(Affine(translate=x)) for x in (0.05, 0.1, 0.2)},
+        **{f'jitter {x}': augmented(ColorJitter(x, x, x, x / 6)) for x in (0.1, 0.3, 0.5)}},
+    'Q3b': {f'p = {p / 10}': NORM30 | dict(dropout=[p / 10] * 4 if p else []) for p in range(10)},
+    'fast': {'fast': FAST},
+    'best': {'best': BEST},
+    'ingredients': {
+        'all': BEST, 'SGD': BEST | dict(optimizer='SGD', reg=5e-4),
+        'Adam with decay': BEST | dict(optimizer='Adam', reg=0.001, rates='decay'),
+        'no flip': BEST | dict(augmentations=(Crop(4, 'reflect'), Cutout(8))),
+        'no crop': BEST | dict(augmentations=(Flip(0.5), Cutout(8))),
+        'black borders': BEST | dict(augmentations=(Flip(0.5), Crop(4), Cutout(8))),
+        'no cutout': BEST | dict(augmentations=(Flip(0.5), Crop(4, 'reflect'))),
+        'no label smoothing': BEST | dict(label_smoothing=0.0), 'no whitening': BEST | dict(whitened=False),
+        'nothing frozen': BEST | dict(freeze_at=1.0), 'mean and std 0.5': BEST | dict(normalisation=HALF),
+        'no batch norm': BEST | dict(norm=[])},
+}
 
 
 @pytest.mark.parametrize('name', QUESTIONS)
-def test_every_experiment_runs_to_its_pictures_which_show_its_results(name, tmp_path, capsys, drawn):
-    assert main([*TINY, '--experiment', name, '--seeds', '0', '--results', str(tmp_path)]) == 0
-    folder = tmp_path / 'ex3_convnet' / name
-    assert {path.stem for path in folder.glob('*.png')} == PICTURES[name] | {'curves'}
-    results = {result.run: result for result in read_csv(Result, folder / 'summary.csv')}
-    assert list(results) == list(QUESTIONS[name].rows)
-
-    def percent(run, column):
-        return pytest.approx(100 * getattr(results[run], column))
-    if name == 'Q2b':
-        for run, sets in drawn['plot_best_and_latest'][0][0].items():
-            for label, part in (('training', 'train'), ('validation', 'val'), ('test', 'test')):
-                best, latest = sets[label]
-                assert best.mean == percent(run, f'best_{part}_accuracy')
-                assert latest.mean == percent(run, f'last_{part}_accuracy')
-    if name in ('Q3a', 'ingredients'):
-        for run, sets in drawn['plot_accuracies'][0][0].items():
-            assert sets['training'].mean == percent(run, 'best_train_accuracy')
-            assert sets['validation'].mean == percent(run, 'best_val_accuracy')
-    if name == 'Q3a':
-        shown = drawn['plot_gallery'][0][0]
-        assert [run for run, images in shown.items() if torch.equal(images, shown['none'])] == ['none']
-    if name == 'Q3b':
-        (x, series, *_), options = drawn['plot_against']
-        assert x == pytest.approx([p / 10 for p in range(10)]) and options['chance'] == 10
-        assert [value.mean for value in series['validation']] == [percent(run, 'best_val_accuracy') for run in results]
-    if name == 'Q3a-strength':
-        panels, level = drawn['plot_strengths'][0][:2]
-        assert panels['degrees'][0] == [5, 15, 30] and len(panels) == 4
-        assert panels['degrees'][1]['training'][1].mean == percent('degrees 15', 'best_train_accuracy')
-        assert level['validation'].mean == percent('none', 'best_val_accuracy')
-    if name == 'Q1':
-        (after, _), options = drawn['VisualizeFilter']
-        seed_everything(0)
-        before = make_model(Config(hidden_size=(4,) * 5), torch.device('cpu')).features[0].weight
-        assert options['change'] and torch.equal(options['before'].features[0].weight, before)
-        best = torch.load(folder / 'ConvNet' / 'seed0' / 'best.pt')['features.0.weight']
-        assert torch.equal(after.features[0].weight, best) and not torch.equal(best, before)
-        images, labels, logits, classes, *_ = drawn['plot_mistakes'][0]
-        accuracy = (logits.argmax(1) == labels).float().mean().item()
-        assert accuracy == pytest.approx(results['ConvNet'].best_test_accuracy) and len(images) == 1000
-        assert 'star' in classes and np.array_equal(drawn['plot_confusion'][0][1], logits)
+def test_every_row_is_what_its_name_says(name):
+    runs, seeds = ask(ex3_convnet, name).runs, [0, 1, 2] if name == 'Q2b' else [0]  # several repetitions
+    jobs = [(row, seed) for seed in seeds for row in ROWS[name]]
+    assert [(run.label, run.seed) for run in runs] == [(f'{row}, seed {seed}', seed) for row, seed in jobs]
+    for run, (row, _) in zip(runs, jobs, strict=True):
+        expected, end = ROWS[name][row], run.num_epochs
+        epochs = (0, 0.5, 1, 5, end - 0.5)
+        curve = ([2e-3 * 0.95 ** int(epoch) for epoch in epochs] if expected['rates'] == 'decay'
+                 else np.interp(epochs, [0, 0.1 * end, end], [0, 0.15, 0]).tolist())
+        assert facts(run) == expected | dict(rates=pytest.approx(curve, abs=1e-8)), row
 
 
-def test_what_the_command_line_changed_stands_in_the_title(tmp_path):
-    assert main([*TINY, '--experiment', 'Q2a', '--results', str(tmp_path)]) == 0
-    title = (tmp_path / 'ex3_convnet' / 'Q2a' / 'summary.md').read_text().split('|')[0]
-    assert 'built-in shapes (not CIFAR-10): 60 training, 20 validation, 1,000 test images' in title
-    assert 'hidden_size=(4, 4, 4, 4, 4), num_epochs=1' in title
-    assert 'norm_layer' not in title  # that is the row's own
+def test_the_defaults_and_every_row_keep_the_handouts_network():
+    c = Config()
+    assert (c.input_size, c.num_classes, c.hidden_size) == (3, 10, (128, 512, 512, 512, 512))
+    assert (c.experiment, c.data, c.num_training, c.num_validation, c.device) == ('Q1', 'auto', 49000, 1000, 'auto')
+    changed = {key for question in QUESTIONS.values() for row in question.rows.values() for key in row}
+    assert not changed & {'hidden_size', 'num_classes', 'num_training', 'num_validation', 'data'}
 
 
-def test_the_model_size_is_printed_once_per_size(tmp_path, capsys):
-    assert main([*TINY, '--experiment', 'Q3b', '--results', str(tmp_path)]) == 0
-    assert capsys.readouterr().out.count('\ntotal ') == 1
+# --- the script ---------------------------------------------------------------------------------------------
+
+
+def test_the_size_of_the_network_is_printed_once_per_experiment_and_size():
+    (network,) = ask(ex3_convnet, 'Q3b').printed
+    assert PrintModelSize(network, disp=False) == PrintModelSize(ConvNet(3, TINY, 12, 'BN'), disp=False)
+    assert len(ask(ex3_convnet, 'Q2a').printed) == 2
 
 
 def test_importing_the_scripts_starts_nothing_and_needs_no_pyplot():

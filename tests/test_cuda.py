@@ -1,22 +1,25 @@
-"""On CUDA the whole training step is one graph: the same training as without it. Skipped where there is no GPU.
+"""On CUDA the training step is one graph: the same training as without it. Skipped where there is no GPU.
 
 With and without a graph the same kernels run in the same order on the same random numbers. With cuDNN's
 deterministic algorithms the two differ by the rounding of the few sums that the GPU adds up in any order:
 a thousandth is allowed for losses, and a hundredth, relative to the largest, for what ten steps make of weights.
 """
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import ex3_convnet
-import training
 from datasets.augment import Affine, ColorJitter, Crop, Cutout, Flip, Greyscale
-from datasets.cifar10 import Batches, Split
+from datasets.batches import Batches, Split
+from lab.checkpoint import Average
+from lab.device import pick_device, pick_precision
+from lab.progress import Progress
 from models.convnet import ConvNet
-from training import Average, TrainingStep, decay, fit, make_optimizer, seed_everything, set_learning_rate
-from utils import pick_device, pick_precision
+from optimizers import make_optimizer, set_learning_rate
+from training import decay, fit, make_step, seed_everything
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA GPU: the graph of the step cannot run')
 
@@ -25,6 +28,7 @@ RTOL = 1e-3  # of losses
 AUGMENTATIONS = [Flip(0.5), Crop(4), Affine(10, 0.1, 0.1, 5), ColorJitter(0.3, 0.3, 0.3, 0.05), Greyscale(0.2),
                  Cutout(8)]
 EVERYTHING = dict(dropout=0.2, augmentations=AUGMENTATIONS, label_smoothing=0.1, ema_decay=0.9)
+OPTIMIZERS = ['Adam', 'SGD', 'Muon']
 SMALL_GPU = 3.5e9  # bytes: 4 GB, less what the CUDA context takes
 
 
@@ -40,13 +44,13 @@ def deterministic():
     torch.cuda.empty_cache()
 
 
-def make_split(count: int, device: str = DEVICE) -> Split:
+def make_split(count, device=DEVICE):
     generator = torch.Generator().manual_seed(0)
     return Split(torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator),
                  torch.randint(0, 10, (count,), generator=generator)).to(torch.device(device))
 
 
-def make_model(hidden=(32, 64, 64, 64, 64), dropout=0.0, device=DEVICE) -> ConvNet:
+def make_model(hidden=(32, 64, 64, 64, 64), dropout=0.0, device=DEVICE):
     seed_everything(0)
     model = ConvNet(3, hidden, 10, 'BN', dropout)
     for layer in model.features:
@@ -55,39 +59,48 @@ def make_model(hidden=(32, 64, 64, 64, 64), dropout=0.0, device=DEVICE) -> ConvN
     return model.to(device, memory_format=torch.channels_last)
 
 
-def make_step(use_graph=True, *, precision='fp32', optimizer='Adam', dropout=0.0, augmentations=(), ema_decay=0.0,
-              label_smoothing=0.0) -> TrainingStep:
+def make_training(graph=True, *, precision='fp32', optimizer='Adam', dropout=0.0, augmentations=(), ema_decay=0.0,
+                  label_smoothing=0.0):
+    """Everything that a step needs; `step` is replayed as a graph or not."""
     model = make_model(dropout=dropout).train()
-    train = Batches(make_split(640), 64, augmentations=augmentations)
-    return TrainingStep(model, train, make_optimizer(optimizer, [dict(params=list(model.parameters()))], 1e-3, 1e-3),
-                        precision=precision, label_smoothing=label_smoothing, use_graph=use_graph,
-                        average=Average(model, ema_decay) if ema_decay else None)
+    average = Average(model, ema_decay) if ema_decay else None
+    optimizer = make_optimizer(optimizer, model, 1e-3, 1e-3, precision=precision)
+    step = make_step(model, optimizer, precision, label_smoothing, average)
+    return SimpleNamespace(model=model, average=average, optimizer=optimizer, step=step if graph else step.step,
+                           batches=Batches(make_split(640), 64, augmentations=augmentations, shuffle=True))
 
 
-def losses_of(step: TrainingStep, count: int) -> list[float]:
+def losses_of(training, count):
     """Of the first `count` steps of an epoch, the learning rate changing at each."""
     seed_everything(0, 1)
     losses = []
-    for i, index in zip(range(count), step.train.shuffled(), strict=False):
-        set_learning_rate(step.optimizer, 2e-3 / (i + 1))
-        if step.average:
-            step.average.set_step(i)
-        loss, _ = step(index)
-        losses.append(loss.clone())  # the graph's next replay overwrites it
+    for i, (images, labels) in zip(range(count), training.batches, strict=False):
+        set_learning_rate(training.optimizer, 2e-3 / (i + 1))
+        losses.append(training.step(images, labels)[0].clone())  # the graph's next replay overwrites it
     return [loss.item() for loss in losses]
 
 
-def state_of(step: TrainingStep) -> dict[str, torch.Tensor]:
+def state_of(training):
     """Weights, statistics, averages and the optimiser's moments and counts."""
-    state = dict(step.model.state_dict())
-    if step.average:
-        state |= {f'average {key}': value for key, value in step.average.model.state_dict().items()}
-    for i, moments in step.optimizer.state_dict()['state'].items():
-        state |= {f'{key} {i}': value for key, value in moments.items()}
+    state = dict(training.model.state_dict())
+    if training.average:
+        state |= {f'average {key}': value for key, value in training.average.model.state_dict().items()}
+        state['updates'] = training.average.updates
+    for i, moments in training.optimizer.state_dict()['state'].items():
+        state |= {f'{key} {i}': value for key, value in moments.items() if value is not None}
     return {key: value.detach().double().clone() for key, value in state.items()}
 
 
-def skip_without(precision: str) -> None:
+def assert_close(found, expected, rtol):
+    """Within rtol of the largest; what is counted is equal."""
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        counted = key.startswith(('step', 'count', 'updates')) or key.endswith('num_batches_tracked')
+        torch.testing.assert_close(found[key], tensor, rtol=0, atol=0 if counted else rtol * tensor.abs().max().item(),
+                                   msg=lambda text, key=key: f'{key}: {text}')
+
+
+def skip_without(precision):
     if precision == 'bf16' and pick_precision('auto', torch.device(DEVICE))[0] != 'bf16':
         pytest.skip('this GPU has no bf16')
 
@@ -95,136 +108,139 @@ def skip_without(precision: str) -> None:
 # --- with and without a graph -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('optimizer', ['Adam', 'SGD'])
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 @pytest.mark.parametrize('options', [{}, EVERYTHING], ids=['plain', 'everything'])
-def test_first_ten_losses_and_all_state_equal_those_without_a_graph(options, precision, optimizer):
+@pytest.mark.parametrize('steps', [4, 10])  # the fourth captures: after it, four steps are done, no more and no fewer
+def test_losses_state_and_random_numbers_equal_those_without_a_graph(options, precision, optimizer, steps):
     skip_without(precision)
-    states, losses, random_states = [], [], []
-    for use_graph in (False, True):
-        step = make_step(use_graph, precision=precision, optimizer=optimizer, **options)
-        losses.append(losses_of(step, 10))
-        states.append(state_of(step))
+    without, graph = [make_training(use, precision=precision, optimizer=optimizer, **options) for use in (False, True)]
+    losses, random_states = [], []
+    for training in (without, graph):
+        losses.append(losses_of(training, steps))
         random_states.append(torch.cuda.get_rng_state())
-        assert (step.graph is not None) == use_graph
     assert losses[1] == pytest.approx(losses[0], rel=RTOL)
-    assert len(set(losses[1])) == 10
+    assert len(set(losses[1])) == steps and isinstance(graph.step.graph, torch.cuda.CUDAGraph)
     assert torch.equal(*random_states)
-    assert states[0].keys() == states[1].keys()
-    for key, expected in states[0].items():
-        torch.testing.assert_close(states[1][key], expected, rtol=0, atol=10 * RTOL * expected.abs().max().item(),
-                                   msg=lambda text, key=key: f'{key}: {text}')
+    assert_close(state_of(graph), state_of(without), RTOL if steps == 4 else 10 * RTOL)
 
 
-def test_capture_leaves_everything_as_it_would_be_without_it():
-    """The fourth call captures: after it, four steps are done, no more and no fewer."""
-    steps = [make_step(use_graph, **EVERYTHING) for use_graph in (False, True)]
-    random_states = []
-    for step in steps:
-        losses_of(step, 4)
-        random_states.append(torch.cuda.get_rng_state())
-    assert torch.equal(*random_states)
-    plain, captured = map(state_of, steps)
-    for key, expected in plain.items():
-        if key.startswith('step') or key.endswith('num_batches_tracked'):
-            assert torch.equal(captured[key], expected), key
-        else:
-            torch.testing.assert_close(captured[key], expected, rtol=0, atol=RTOL * expected.abs().max().item(),
-                                       msg=lambda text, key=key: f'{key}: {text}')
-
-
-@pytest.mark.parametrize('optimizer', ['Adam', 'SGD'])
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
 def test_a_changed_learning_rate_reaches_the_graph(optimizer):
-    step = make_step(optimizer=optimizer)
-    losses_of(step, 5)
-    graph, index = step.graph, torch.arange(64, device=DEVICE)
-    parameters = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
+    training = make_training(optimizer=optimizer)
+    losses_of(training, 5)
+    graph, (images, labels) = training.step.graph, next(iter(training.batches))
+    if optimizer == 'Muon':  # scales its filters at any learning rate: once, then only rounding is left
+        set_learning_rate(training.optimizer, 0.0)
+        training.step(images, labels)
+    parameters = [parameter for parameter in training.model.parameters() if parameter.requires_grad]
     weights = [parameter.detach().clone() for parameter in parameters]
     for learning_rate, changed in ((0.0, False), (0.01, True)):
-        set_learning_rate(step.optimizer, learning_rate)
-        step(index)
-        assert [not torch.equal(a, b) for a, b in zip(weights, parameters, strict=True)] == [changed] * len(weights)
-    assert step.graph is graph
+        set_learning_rate(training.optimizer, learning_rate)
+        training.step(images, labels)
+        for before, now in zip(weights, parameters, strict=True):
+            assert torch.allclose(before, now, rtol=1e-5, atol=1e-7) != changed
+    assert training.step.graph is graph
 
 
-@pytest.mark.parametrize('options, differ', [({}, False), (dict(dropout=0.3), True)] + [
-    (dict(augmentations=[augmentation]), True) for augmentation in AUGMENTATIONS], ids=str)
-def test_every_replay_draws_anew_and_a_seed_repeats_it(options, differ):
-    step = make_step(**options)
-    losses_of(step, 4)
-    set_learning_rate(step.optimizer, 0.0)  # so that only what is random can change the loss
-    index = torch.arange(64, device=DEVICE)
+@pytest.mark.parametrize('dropout', [0.0, 0.3])
+def test_every_replay_draws_its_dropout_anew_and_a_seed_repeats_it(dropout):
+    training = make_training(dropout=dropout)
+    losses_of(training, 4)
+    set_learning_rate(training.optimizer, 0.0)  # so that only what is random can change the loss
+    images, labels = next(iter(training.batches))
 
-    def replay(seed: int) -> list[float]:
+    def replay(seed):
         seed_everything(seed)
-        return [step(index)[0].item() for _ in range(5)]
+        return [training.step(images, labels)[0].item() for _ in range(5)]
     first = replay(7)
-    assert len(set(first)) == (5 if differ else 1)
+    assert len(set(first)) == (5 if dropout else 1)
     assert replay(7) == pytest.approx(first, rel=1e-6)
-    assert (replay(8) != pytest.approx(first, rel=1e-6)) == differ
+    assert (replay(8) != pytest.approx(first, rel=1e-6)) == bool(dropout)
+
+
+def test_augmentation_draws_anew_at_every_step_outside_the_graph():
+    batches = make_training(augmentations=[Crop(4)]).batches
+    rows = batches.split.images[:1].expand(64, -1, -1, -1)
+    first, second = batches.inputs(rows), batches.inputs(rows)
+    assert len(first.flatten(1).unique(dim=0)) > 20 and not torch.equal(first, second)
 
 
 def test_the_graph_trains_on_the_images_it_is_given():
-    step = make_step()
-    losses_of(step, 4)
-    set_learning_rate(step.optimizer, 0.0)
-    indices = torch.arange(640, device=DEVICE).split(64)
-    replayed = [[value.item() for value in step(index)] for index in indices]
-    expected = [[value.item() for value in step._step(index)] for index in indices]
+    training = make_training()
+    losses_of(training, 4)
+    set_learning_rate(training.optimizer, 0.0)
+    batches = list(training.batches)
+    replayed = [[value.item() for value in training.step(*batch)] for batch in batches]
+    expected = [[value.item() for value in training.step.step(*batch)] for batch in batches]
     for found, wanted in zip(replayed, expected, strict=True):
-        assert found[0] == pytest.approx(wanted[0], rel=RTOL)
-        assert abs(found[1] - wanted[1]) <= 1
-    assert len({loss for loss, _ in replayed}) == len(indices)
+        assert found[0] == pytest.approx(wanted[0], rel=RTOL) and abs(found[1] - wanted[1]) <= 1
+    assert len({loss for loss, _ in replayed}) == len(batches)
 
 
-def test_no_step_waits_for_the_gpu():
-    step = make_step(**EVERYTHING)
-    losses_of(step, 4)
-    losses = torch.zeros(3, device=DEVICE)
-    indices = torch.arange(192, device=DEVICE).split(64)
+def test_no_step_waits_for_the_gpu_and_the_bar_moves_all_the_same(monkeypatch):
+    training, progress, moved = make_training(**EVERYTHING), Progress('run'), []
+    losses_of(training, 4)
+    batches = Batches(make_split(3200), 64, augmentations=AUGMENTATIONS, shuffle=True)  # 50 steps
+    progress.start(1, 0, 3200)
+    monkeypatch.setattr(progress, 'bar', SimpleNamespace(update=moved.append, set_postfix_str=lambda *_, **__: None))
+    losses, correct = torch.zeros(50, device=DEVICE), torch.zeros(50, device=DEVICE)
     torch.cuda.set_sync_debug_mode('error')
     try:
-        for i, index in enumerate(indices):
-            set_learning_rate(step.optimizer, 1e-3 / (i + 1))
-            step.average.set_step(i)
-            losses[i], _ = step(index)
+        for step, (images, labels) in enumerate(progress.steps(batches, 1, losses, correct)):
+            set_learning_rate(training.optimizer, 1e-3 / (step + 1))
+            losses[step], correct[step] = training.step(images, labels)
     finally:
         torch.cuda.set_sync_debug_mode('default')
-    assert losses.isfinite().all() and losses.all()
+    assert losses.isfinite().all() and losses.all() and moved == [20 * 64]
 
 
 def test_no_warning_is_shown():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        losses_of(make_step(), 5)
+        losses_of(make_training(), 5)
+
+
+def test_a_step_that_cannot_be_captured_goes_on_without_a_graph(capsys):
+    """With the same random numbers: torch's generator has to survive the capture that failed."""
+    expected = losses_of(make_training(graph=False, **EVERYTHING), 8)
+    training = make_training(**EVERYTHING)
+    ordinary = training.step.step
+
+    def waiting(images, labels):
+        loss, correct = ordinary(images, labels)
+        loss.item()  # which no graph can hold
+        return loss, correct
+    training.step.step = waiting
+    assert losses_of(training, 8) == pytest.approx(expected, rel=RTOL)
+    assert capsys.readouterr().out.count('could not be captured as a CUDA graph') == 1
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------
 
 
-def run(folder, *, device=DEVICE, num_epochs=4, optimizer='Adam'):
+def run(folder, *, device=DEVICE, optimizer='Adam'):
     """A tiny run with everything random in it -> its history."""
     folder.mkdir(exist_ok=True)
     model = make_model((8, 8, 8, 8, 8), dropout=0.2, device=device)
-    train = Batches(make_split(200, device), 50, augmentations=[Flip(0.5), Crop(4)])
-    return fit(model, train, Batches(make_split(100, device), 50),
-               make_optimizer(optimizer, [dict(params=list(model.parameters()))], 1e-3, 1e-3), decay(1e-3, 0.9),
-               num_epochs=num_epochs, seed=3, folder=folder, ema_decay=0.9)
+    train = Batches(make_split(200, device), 50, augmentations=[Flip(0.5), Crop(4)], shuffle=True)
+    return fit(model, train, Batches(make_split(100, device), 50), make_optimizer(optimizer, model, 1e-3, 1e-3),
+               decay(1e-3, 0.9), folder, num_epochs=4, seed=3, ema_decay=0.9, freeze_at=0.75)
 
 
 def interrupted_run(folder, monkeypatch, **options):
     """Two whole epochs of four, and a checkpoint."""
-    def stop(history, *_):
+    def stop(progress, history):
         if len(history.epochs) == 3:
             raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(training, '_report', stop)
+        patch.setattr(Progress, 'end_epoch', stop)
         with pytest.raises(KeyboardInterrupt):
             run(folder, **options)
     assert (folder / 'checkpoint.pt').exists()
 
 
-@pytest.mark.parametrize('optimizer', ['Adam', 'SGD'])
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
 def test_resumed_run_equals_uninterrupted_run_within_rounding(tmp_path, monkeypatch, optimizer):
     whole = run(tmp_path / 'whole', optimizer=optimizer)
     interrupted_run(tmp_path / 'parts', monkeypatch, optimizer=optimizer)
@@ -234,7 +250,7 @@ def test_resumed_run_equals_uninterrupted_run_within_rounding(tmp_path, monkeypa
         assert resumed[column] == pytest.approx(whole[column], rel=10 * RTOL), column
 
 
-@pytest.mark.parametrize('optimizer', ['Adam', 'SGD'])
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
 @pytest.mark.parametrize('before, after', [('cpu', 'cuda'), ('cuda', 'cpu')])
 def test_a_run_continues_on_another_device(tmp_path, monkeypatch, before, after, optimizer):
     interrupted_run(tmp_path, monkeypatch, device=before, optimizer=optimizer)
@@ -244,23 +260,23 @@ def test_a_run_continues_on_another_device(tmp_path, monkeypatch, before, after,
 # --- memory -------------------------------------------------------------------------------------------------
 
 
-def allow(size: float) -> None:
+def allow(size):
     """Let PyTorch have that many bytes, as on a smaller GPU."""
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, size / torch.cuda.get_device_properties(DEVICE).total_memory))
 
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
-def test_the_convnet_at_batch_200_fits_a_gpu_of_4_gb(tmp_path, precision):
+def test_the_convnet_at_batch_200_fits_a_gpu_of_4_gb(tmp_path, precision, capsys):
     skip_without(precision)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = True, False  # as in a run
     allow(SMALL_GPU)
     torch.cuda.reset_peak_memory_stats()
     model = make_model((128, 512, 512, 512, 512))
-    history = fit(model, Batches(make_split(1200), 200, augmentations=AUGMENTATIONS), Batches(make_split(1000), 500),
-                  make_optimizer('Adam', [dict(params=list(model.parameters()))], 2e-3, 1e-3), decay(2e-3, 0.95),
-                  num_epochs=1, seed=0, folder=tmp_path, precision=precision, ema_decay=0.99)
-    assert len(history.epochs) == 1
+    train = Batches(make_split(1200), 200, augmentations=AUGMENTATIONS, shuffle=True)
+    history = fit(model, train, Batches(make_split(1000), 500), make_optimizer('Adam', model, 2e-3, 1e-3),
+                  decay(2e-3, 0.95), tmp_path, num_epochs=1, seed=0, precision=precision, ema_decay=0.99)
+    assert len(history.epochs) == 1 and 'could not be captured' not in capsys.readouterr().out
     assert torch.cuda.max_memory_reserved() < SMALL_GPU
 
 

@@ -8,11 +8,9 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tiny import RUN, TINY, TINY_NET, assert_refused, assert_same_outcome, contents, convnet, pretrained
+from tiny import RUN, TINY, TINY_NET, assert_refused, assert_same_outcome, contents, convnet, make_images, pretrained
 from torchvision.datasets import CIFAR10
 
 import ex3_convnet
@@ -148,16 +146,6 @@ def test_damaged_cifar10_is_named_with_the_remedy_and_never_executed(tmp_path, n
     assert contents(folder) == before and not (tmp_path / 'results').exists()
 
 
-def make_images(root: Path) -> Path:
-    """An image folder of two classes: six training images and two test images each, as JPEG."""
-    rng = np.random.default_rng(0)
-    for name in ('train/ant', 'train/bee', 'test/ant', 'test/bee'):
-        (root / name).mkdir(parents=True)
-        for i in range(6 if 'train' in name else 2):
-            Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(root / name / f'{i}.jpg')
-    return root
-
-
 def test_an_image_folder_trains(tmp_path, capsys):
     assert convnet(tmp_path / 'results', '--data', make_images(tmp_path / 'images')) == 0
     assert '2 classes; 10 training, 2 validation and 4 test images' in capsys.readouterr().out
@@ -194,7 +182,7 @@ def test_damaged_weights_are_named_and_nothing_is_executed(tmp_path, weights, ca
 
 # --- constants -----------------------------------------------------------------------------------------------
 
-CHEAP = {'num_epochs': 2, 'num_training': 60}  # upper ends that run for seconds only
+CHEAP = {'num_epochs': 2, 'num_training': 60, 'num_classes': 1000}  # upper ends that run for moments only
 WORDS = {  # what is no number, or several -> right and wrong values
     'data': (['shapes'], ['nowhere', '/dev/null']), 'device': (['cpu'], ['tpu', 'meta', 'hpu', 'cuda:99', '']),
     'hidden_size': (['1', '2 3', '4 4 4 4 4'], ['', '0 4', '4 4 4 4 4 4', '5000', 'x']),

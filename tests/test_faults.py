@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tiny import RUN, assert_refused, assert_same_outcome, at_call, convnet, outcome, pretrained
 
 import training
@@ -132,6 +133,21 @@ def test_too_little_memory_is_one_message_and_the_run_continues_with_more(tmp_pa
         at_call(patch, training, 'set_learning_rate', 15, allocate)
         assert_refused(convnet(tmp_path), capsys, 'out of memory', 'batch_size')
     assert convnet(tmp_path) == 0
+    assert_same_outcome(tmp_path, whole)
+
+
+def test_pictures_that_cannot_be_drawn_are_lines_and_are_drawn_the_next_time(tmp_path, whole, monkeypatch, capsys):
+    def refuse(_figure, _file, **_options):
+        raise RuntimeError('no such glyph')
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, 'savefig', refuse)
+        assert convnet(tmp_path) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 5 and all('could not be drawn' in line and 'no such glyph' in line for line in lines)
+    drawn = {name for name in outcome(whole) if name.endswith(('.png', 'summary.md'))}  # a page shows what there is
+    assert {name: content for name, content in outcome(tmp_path).items() if name not in drawn} == {
+        name: content for name, content in outcome(whole).items() if name not in drawn}
+    assert convnet(tmp_path) == 0 and 'images/s' not in capsys.readouterr().out
     assert_same_outcome(tmp_path, whole)
 
 

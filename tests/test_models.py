@@ -1,28 +1,17 @@
 """The two networks against the numbers of the handout and against torchvision."""
+import copy
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+import models.vgg
 from ex3_convnet import ConvNet, PrintModelSize
 from ex3_pretrained import VggModel
 
 HIDDEN = [128, 512, 512, 512, 512]
-
-
-@pytest.fixture(scope='module')
-def vgg_file(tmp_path_factory):
-    """A state dict as torchvision gives it, of random weights, without the classifier's 123 million."""
-    with torch.device('meta'):
-        full = torchvision.models.vgg11_bn(init_weights=False)
-    generator = torch.Generator().manual_seed(1)
-    state = {f'features.{key}': torch.rand(tensor.shape, generator=generator) * 0.1 + 0.01
-             if tensor.is_floating_point() else torch.tensor(7)
-             for key, tensor in full.features.state_dict().items()}
-    path = tmp_path_factory.mktemp('weights') / 'vgg.pth'
-    torch.save(state, path)
-    return path
 
 
 # --- ConvNet ------------------------------------------------------------------------------------------------
@@ -81,57 +70,68 @@ def test_convnet_takes_one_image_in_training_and_evaluation(norm_layer):
         assert model.train(mode)(torch.randn(1, 3, 32, 32)).shape == (1, 7)
 
 
-# --- VGG ----------------------------------------------------------------------------------------------------
+# --- VGG, with few filters but where they are counted ---------------------------------------------------------
 
 
-def test_vgg_has_the_stated_number_of_parameters(vgg_file):
-    model = VggModel(10, fine_tune=False, weights=vgg_file)
+def test_vgg_has_the_stated_number_of_parameters_and_torchvisions_layers():
+    with torch.device('meta'):  # sizes without values
+        model = VggModel(10, fine_tune=True, pretrained=False)
+        body = torchvision.models.vgg11_bn().features
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert PrintModelSize(model, disp=False) == 9_360_394
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 134_410
+    assert PrintModelSize(model.classifier, disp=False) == 134_410
+    shapes = [{key: tensor.shape for key, tensor in part.state_dict().items()} for part in (model.features, body)]
+    assert shapes[0] == shapes[1]
 
 
-def test_vgg_head_is_linear_norm_relu_linear():
-    model = VggModel(7, True, pretrained=False, layer_config=(512, 100))
+def test_vgg_head_is_linear_norm_relu_linear(weights):
+    model = VggModel(7, True, weights=weights, layer_config=(512, 100))
     assert [type(layer) for layer in model.classifier] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
     assert [tuple(p.shape) for p in model.classifier.parameters() if p.ndim == 2] == [(100, 512), (7, 100)]
 
 
-def test_vgg_features_equal_torchvisions_network_with_the_same_weights(vgg_file):
-    oracle = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs['A'], batch_norm=True).eval()
-    oracle.load_state_dict({k.removeprefix('features.'): v for k, v in torch.load(vgg_file).items()})
-    model = VggModel(10, fine_tune=False, weights=vgg_file).eval()
+def test_vgg_features_equal_torchvisions_network_with_the_same_weights(weights):
+    model = VggModel(10, fine_tune=False, weights=weights).eval()
+    oracle = models.vgg.make_layers(models.vgg.cfgs['A'], batch_norm=True).eval()
+    oracle.load_state_dict({key.removeprefix('features.'): tensor for key, tensor in torch.load(weights).items()})
     images = torch.randn(2, 3, 32, 32)
     features = oracle(images)
-    assert features.shape == (2, 512, 1, 1)
+    assert features.shape == (2, 512, 1, 1) and features.std() > 0
     torch.testing.assert_close(model.extract(images), features[:, :, 0, 0])
-    torch.testing.assert_close(model(images), model.classifier(features[:, :, 0, 0]))
+    for inputs in (images, model.extract(images)):
+        torch.testing.assert_close(model(inputs), model.classifier(features[:, :, 0, 0]))
     assert model(images[:1]).shape == (1, 10)
 
 
-def test_frozen_backbone_stays_in_evaluation_mode_and_needs_no_gradient(vgg_file):
-    model = VggModel(10, fine_tune=False, weights=vgg_file).train()
+def test_a_frozen_backbone_stays_in_evaluation_mode_and_needs_no_gradient(weights):
+    model = VggModel(10, fine_tune=False, weights=weights).train()
     assert model.classifier.training and not any(layer.training for layer in model.features.modules())
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        f'classifier.{name}' for name, _ in model.classifier.named_parameters()}
+    assert {name.split('.')[0] for name, p in model.named_parameters() if p.requires_grad} == {'classifier'}
+    before = copy.deepcopy(model.features.state_dict())
+    model(torch.randn(4, 3, 32, 32)).sum().backward()
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.features.state_dict().items())
+    assert not model.eval().classifier.training
 
 
-def test_fine_tune_means_that_everything_trains(vgg_file):
-    model = VggModel(10, fine_tune=True, weights=vgg_file).train()
-    assert all(p.requires_grad for p in model.parameters())
-    assert all(layer.training for layer in model.modules())
+def test_fine_tune_means_that_everything_trains(weights):
+    model = VggModel(10, fine_tune=True, weights=weights).train()
+    assert all(p.requires_grad for p in model.parameters()) and all(layer.training for layer in model.modules())
 
 
-def test_scratch_starts_with_torchvisions_initialisation():
+def test_scratch_starts_with_torchvisions_initialisation(monkeypatch):
+    monkeypatch.setattr(models.vgg, 'cfgs', {'A': [64, 'M', 128, 'M', 256, 'M', 64, 'M', 512, 'M']})
     torch.manual_seed(0)
-    model = VggModel(10, fine_tune=True, pretrained=False)
-    for layer in model.modules():
+    for layer in VggModel(10, fine_tune=True, pretrained=False).modules():
         if isinstance(layer, nn.Conv2d):
-            fan_out = layer.out_channels * 9
-            assert layer.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1) and not layer.bias.any()
+            std = (2 / (layer.out_channels * 9)) ** 0.5
+            assert layer.weight.std().item() == pytest.approx(std, rel=0.1) and not layer.bias.any()
         if isinstance(layer, nn.Linear):
             assert layer.weight.std().item() == pytest.approx(0.01, rel=0.1) and not layer.bias.any()
 
 
-def test_a_frozen_random_backbone_is_refused():
-    with pytest.raises(ValueError, match='pretrained'):
-        VggModel(10, fine_tune=False, pretrained=False)
+@pytest.mark.parametrize('arguments, words', [
+    (dict(fine_tune=False, pretrained=False), 'fine_tune=False needs pretrained=True'),
+    (dict(fine_tune=True, pretrained=False, layer_config=(100, 10)), r'layer_config must be \(512, hidden\)')])
+def test_vgg_refuses_what_it_cannot_build(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        VggModel(10, **arguments)

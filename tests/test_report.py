@@ -66,7 +66,7 @@ def test_a_report_made_again_trains_nothing_and_adds_seeds(tiny, monkeypatch):
 def test_the_newest_folder_of_this_very_experiment_is_collected_and_no_picture_of_another(tiny, tmp_path, monkeypatch):
     argv, path = tiny
     assert main(argv) == 0
-    results = tmp_path / 'results' / 'report-cpu' / 'ex3_convnet'
+    results = tmp_path / 'results' / 'ex3_convnet'
     for age, name in ((30, 'Q1-2'), (20, 'Q1'), (10, 'Q1-strength')):  # the last is the newest, but another experiment
         if not (results / name).exists():
             shutil.copytree(results / 'Q1', results / name)
@@ -78,6 +78,20 @@ def test_the_newest_folder_of_this_very_experiment_is_collected_and_no_picture_o
     make.collect('Q1', make.tyro.cli(Options, args=argv))
     assert [result.run for result in read_csv(Result, path.parent / 'Q1.csv')] == ['Q1']
     assert (path.parent / 'Q1-curves.png').exists() and not (path.parent / 'Q1-filters.png').exists()
+
+
+def test_what_the_script_has_finished_is_taken_and_full_scale_is_never_replaced_by_less(tiny, tmp_path, monkeypatch):
+    argv, path = tiny
+    results = str(tmp_path / 'results')
+    assert ex3_convnet.main([*arguments(make.PARTS['Q1'], TINY, ()), '--data', 'shapes', '--results', results]) == 0
+    monkeypatch.setattr(ex3_convnet, 'fit', None)  # nothing is trained
+    assert main(argv) == 0
+    full = fill(path.read_text(encoding='utf-8'), path.parent, {'Q1': ''})
+    path.write_text(full, encoding='utf-8')
+    assert 'Full scale: built-in shapes' in full and 'reduced' not in full
+    shutil.rmtree(tmp_path / 'results')
+    assert main(argv) == 0
+    assert path.read_text(encoding='utf-8') == full and not (tmp_path / 'results').exists()
 
 
 def test_a_part_that_lacks_weights_does_not_stop_the_others(tiny, monkeypatch, tmp_path):

@@ -4,6 +4,9 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 import ex3_convnet
 import ex3_pretrained
 
@@ -71,3 +74,13 @@ def assert_refused(status, capsys, *words):
 
 def pretrained(results: Path, *options: object) -> int:
     return ex3_pretrained.main([*TINY, '--layer-config', '512', '4', '--results', str(results), *map(str, options)])
+
+
+def make_images(root: Path) -> Path:
+    """An image folder of two classes: six training images and two test images each, as JPEG."""
+    rng = np.random.default_rng(0)
+    for name in ('train/ant', 'train/bee', 'test/ant', 'test/bee'):
+        (root / name).mkdir(parents=True)
+        for i in range(6 if 'train' in name else 2):
+            Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(root / name / f'{i}.jpg')
+    return root
