@@ -1,5 +1,9 @@
 """The benchmark's arithmetic against numbers worked out by hand, its two ways against each other, and a tiny run."""
 import json
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +15,10 @@ from benchmarks import tables, usual_script
 from benchmarks import training_speed as speed
 from datasets.batches import Batches
 from ex3_pretrained import VggModel
+from lab.history import Epoch, History
 from models.convnet import ConvNet
 
+PUBLISHED = json.loads((Path(speed.__file__).parent / 'results' / 'AMD-EPYC-2-threads.json').read_text())
 CPU = torch.device('cpu')
 
 
@@ -40,16 +46,24 @@ def test_flops_of_the_frozen_vgg_head_are_those_worked_out_by_hand():
     assert speed.training_flops(head, torch.randn(2, 512)) == 2 * (3 * (first + second) - first)
 
 
-def test_a_spread_is_the_median_the_smallest_and_the_largest():
-    assert tables.spread([3.0, 1.0, 2.0], '.1f') == '2.0 (1.0–3.0)'
-    assert tables.spread([3.0], '.1f') == '3.0'
+def test_the_published_page_is_what_its_numbers_give():
+    readme = Path(speed.__file__).with_name('README.md').read_text(encoding='utf-8')
+    assert ' '.join(tables.table(PUBLISHED).split()) in ' '.join(readme.split())
 
 
-def test_ratios_and_utilisation_are_taken_within_each_repetition():
-    assert tables.ratios([2.0, 30.0, 8.0], [1.0, 10.0, 2.0]) == [2.0, 3.0, 4.0]
-    case = {'ways': {'a': dict(images_per_second=[2.0, 30.0, 8.0], flops_per_image=5, precision='bf16')},
-            'ceiling': {'fp32': [1.0, 1.0, 1.0], 'bf16': [100.0, 1000.0, 200.0]}}
-    assert tables.utilisation(case, 'a') == pytest.approx(0.15)  # of 0.10, 0.15 and 0.20
+def test_bars_are_medians_their_whiskers_reach_from_the_smallest_to_the_largest(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, file, **_: figures.append(figure) or file.write(b'a picture'))
+    tables.plot(PUBLISHED, tmp_path / 'speed.png')
+    for panel, (name, case) in zip(figures[0].axes, PUBLISHED['cases'].items(), strict=True):
+        speeds = [case['ways'][way]['images_per_second'] for way in tables.WAYS]
+        assert panel.get_title(loc='left').startswith(name)
+        assert [label.get_text() for label in panel.get_yticklabels()] == list(tables.WAYS)
+        assert [bar.get_width() for bar in panel.patches] == [median(values) for values in speeds]
+        whiskers = [[x for x, _ in segment] for segment in panel.collections[0].get_segments()]
+        assert whiskers == [pytest.approx([min(values), max(values)]) for values in speeds]
+        ratio = median(tables.ratios(speeds[2], speeds[0]))
+        assert panel.texts[2].get_text().endswith(f'({ratio:.1f}x)')
 
 
 # --- the two ways -------------------------------------------------------------------------------------------
@@ -92,22 +106,37 @@ def test_a_repetition_takes_as_many_images_as_its_steps():
     assert len(load(steps=3, batch_size=4, data='shapes').train) == 12
 
 
-def test_memory_is_counted_from_before_a_way_is_made(tmp_path):
+def test_memory_is_the_growth_while_a_way_is_made_and_trains_twice(tmp_path, monkeypatch):
+    peaks, runs = iter([100, 350]), []  # before the way is made, after it has trained
+    monkeypatch.setattr(speed, 'peak_resident_memory', lambda: next(peaks))
+    monkeypatch.setattr(speed, 'project', lambda *_: speed.Way(lambda: runs.append(1) or 1.0, 2.0))
+    options = speed.Options(steps=1, batch_size=4)
+    assert (speed.growth('ConvNet', speed.PROJECT, options, 'fp32', tmp_path), runs) == (250, [1, 1])
+
+
+def test_the_peak_of_this_process_is_read_in_bytes():
     if not speed.STATUS.exists():
         pytest.skip('the peak memory of a process is read from /proc, which only Linux has')
-    peak = speed.peak_resident_memory()
-    assert 10e6 < peak < 1e12
-    options = speed.Options(steps=1, batch_size=4)
-    assert 0 <= speed.growth('ConvNet', speed.PROJECT, options, 'fp32', tmp_path) < 4e9
-    assert speed.peak_resident_memory() >= peak
+    assert 10e6 < speed.peak_resident_memory() < 1e12
+
+
+def test_the_project_is_timed_by_its_own_history_and_trains_as_the_constants_say(tmp_path, monkeypatch):
+    called = []
+    epochs = [Epoch(1, 0.1, 1.0, 0.5, 1.0, 0.5, 2.0, 77.0)]
+    monkeypatch.setattr(speed, 'fit', lambda *a, **k: called.append((a, k)) or History(epochs))
+    config = speed.configure(speed.CASES['ConvNet'], speed.Options(batch_size=4), load(), 'bf16', tmp_path)
+    assert speed.project(ex3_convnet, config, load(), CPU).run() == 77.0
+    (_, batches, _, optimizer, schedule, _), options = called[0]
+    assert (batches.batch_size, options['num_epochs'], options['precision']) == (4, 1, 'bf16')
+    assert (schedule(0), schedule(1)) == (config.learning_rate, config.learning_rate * config.learning_rate_decay)
+    assert optimizer.param_groups[0]['weight_decay'] == config.reg
 
 
 # --- the whole ----------------------------------------------------------------------------------------------
 
 
 def test_a_tiny_run_prints_a_table_and_writes_numbers_and_a_plot(tmp_path, monkeypatch, capsys):
-    figures = []
-    monkeypatch.setattr(Figure, 'savefig', lambda figure, file, **_: figures.append(figure) or file.write(b'a picture'))
+    monkeypatch.setattr(Figure, 'savefig', lambda _figure, file, **_: file.write(b'a picture'))
     monkeypatch.setattr(speed, 'WORKERS', (1,))
     monkeypatch.setattr(speed, 'seconds_per_call', lambda *_: 1.0)
     narrow = speed.Case(ex3_convnet, dict(norm_layer='BN', hidden_size=(8, 8)))
@@ -127,10 +156,6 @@ def test_a_tiny_run_prints_a_table_and_writes_numbers_and_a_plot(tmp_path, monke
     assert record['cases']['VGG11_bn, frozen']['features']['images'] == 2 * 4
     assert record['cases']['ConvNet, batch norm']['features'] is None
     assert path.with_suffix('.png').read_bytes() == b'a picture'
-    for panel, case in zip(figures[-1].axes, record['cases'].values(), strict=True):
-        assert [label.get_text() for label in panel.get_yticklabels()] == list(speed.WAYS)
-        assert [bar.get_width() for bar in panel.patches] == [
-            way['images_per_second'][0] for way in case['ways'].values()]
 
     assert speed.main(['--table', str(path)]) == 0
     table = capsys.readouterr().out.strip()
@@ -157,14 +182,36 @@ class Clock:
         return self.now
 
 
-def test_the_usual_script_counts_its_images_per_second_in_training_mode(monkeypatch, tmp_path):
+def test_the_usual_script_trains_with_the_defaults_of_torch_and_counts_its_images_per_second(monkeypatch, tmp_path):
     monkeypatch.setattr(usual_script, 'time', Clock())
-    modes, forward = [], ConvNet.forward
-    monkeypatch.setattr(ConvNet, 'forward', lambda self, x: modes.append(self.training) or forward(self, x))
+    models, states, losses, forward, item = [], [], [], ConvNet.forward, torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, 'item', lambda self: (self.requires_grad and losses.append(self)) or item(self))
+    monkeypatch.setattr(ConvNet, 'forward', lambda self, x: models.append(self) or states.append(
+        (self.training, torch.backends.cudnn.benchmark)) or forward(self, x))
     config = speed.configure(speed.CASES['ConvNet'], speed.Options(batch_size=4), load(steps=3), 'fp32', tmp_path)
     way = usual_script.usual(ex3_convnet, config, load(steps=3), CPU)
+    before = models[0].classifier.weight.clone()
+    del states[:]  # of counting the FLOP
+    torch.backends.cudnn.benchmark = True
     assert way.run() == 12 / 2.0
-    assert modes and all(modes)
+    assert states == [(True, False)] * 3 and len(losses) == 3  # the loss is read at every step
+    assert not torch.equal(models[0].classifier.weight, before)
+
+
+def test_the_usual_script_shuffles_and_its_workers_stay(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(usual_script, 'DataLoader', lambda _images, size, **options: made.append((size, options)))
+    config = speed.configure(speed.CASES['ConvNet'], speed.Options(batch_size=4), load(), 'fp32', tmp_path)
+    for workers in (0, 3):
+        usual_script.usual(ex3_convnet, config, load(), CPU, workers)
+    assert made == [(4, dict(shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0))
+                    for workers in (0, 3)]
+
+
+def test_the_fastest_workers_are_those_of_the_second_run():
+    speeds = {2: iter([9.0, 1.0]), 4: iter([1.0, 3.0]), 8: iter([1.0, 2.0])}  # the first run starts them
+    count, way = speed.fastest_workers(lambda count: speed.Way(lambda: next(speeds[count]), count))
+    assert (count, way.flops) == (4, 4)
 
 
 def test_seconds_per_call_are_those_of_one_call(monkeypatch):
@@ -195,6 +242,13 @@ def test_every_way_warms_up_before_it_is_measured_and_ways_take_turns(monkeypatc
         monkeypatch.setattr(speed, name, fake(name))
     monkeypatch.setattr(speed, 'fastest_workers', lambda make: (2, fake('workers')()))
     monkeypatch.setattr(speed, 'measure_ceiling', lambda _: dict(fp32=1.0, bf16=2.0, copy=3.0))
-    case = speed.measure('ConvNet', speed.Options(repetitions=2, memory=False), load(), CPU, 'fp32', tmp_path)
+    monkeypatch.setattr(speed, 'STATUS', tmp_path)
+    monkeypatch.setattr(speed, 'ProcessPoolExecutor', lambda *_: nullcontext(SimpleNamespace(
+        submit=lambda growth, name, way, *_: SimpleNamespace(result=lambda: f'peak of {way}'))))
+    case = speed.measure('ConvNet', speed.Options(repetitions=2), load(), CPU, 'bf16', tmp_path)
     assert runs == ['usual', 'project'] + ['usual', 'workers', 'project'] * 2
-    assert case['ways'][speed.PROJECT]['images_per_second'] == [1.0, 1.0]
+    assert [(way['images_per_second'], way['precision'], way['peak_memory'], way['workers'])
+            for way in case['ways'].values()] == [
+        ([1.0, 1.0], 'fp32', 'peak of usual script', 0), ([1.0, 1.0], 'fp32', None, 2),
+        ([1.0, 1.0], 'bf16', 'peak of this project', 0)]
+    assert case['ceiling'] == dict(fp32=[1.0, 1.0], bf16=[2.0, 2.0], copy=[3.0, 3.0])

@@ -96,6 +96,9 @@ def test_what_nobody_can_read_ends_no_run(tmp_path, whole, monkeypatch, open_str
 # --- real processes ------------------------------------------------------------------------------------------
 
 
+BUFFERED = os.environ | {'PYTHONUNBUFFERED': ''}  # as Python does where nobody asks for more
+
+
 def command(results: Path | str, *options: object) -> list[str]:
     return [ex3_convnet.__file__, *TINY, *TINY_NET, '--results', str(results), *map(str, options)]
 
@@ -105,8 +108,8 @@ def test_nothing_in_a_name_a_locale_or_a_matplotlibrc_loses_a_run(tmp_path):
     name = os.fsdecode('$a_b$ 猫 '.encode() + b'caf\xe9')  # mathematics, no glyph, Latin-1
     make_images(tmp_path / name)
     (tmp_path / 'matplotlibrc').write_text('text.usetex: True\nfont.family: no such font\n')
-    environment = os.environ | {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'PYTHONIOENCODING': '',
-                                'MATPLOTLIBRC': str(tmp_path)}
+    environment = BUFFERED | {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'PYTHONIOENCODING': '',
+                              'MATPLOTLIBRC': str(tmp_path)}
     script = command(name, '--data', name, '--batch-size', 5)
     done = subprocess.run([sys.executable, '-W', 'error::UserWarning', *script], cwd=tmp_path, env=environment,
                           capture_output=True, timeout=120)
@@ -118,7 +121,7 @@ def test_nothing_in_a_name_a_locale_or_a_matplotlibrc_loses_a_run(tmp_path):
 
 
 def test_a_reader_that_leaves_after_two_lines_does_not_end_the_run(tmp_path):
-    with subprocess.Popen([sys.executable, *command(tmp_path)], text=True, stdout=subprocess.PIPE,
+    with subprocess.Popen([sys.executable, *command(tmp_path)], env=BUFFERED, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as process:  # | head -2
         assert process.stdout.readline().startswith('Q1: ') and process.stdout.readline().startswith('  ConvNet: ')
         process.stdout.close()
@@ -129,14 +132,16 @@ def test_a_reader_that_leaves_after_two_lines_does_not_end_the_run(tmp_path):
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no nohup')
 def test_a_log_shows_each_line_at_once_and_under_nohup_the_run_outlives_its_terminal(tmp_path):
-    log, deadline = tmp_path / 'log', time.monotonic() + 120
-    with log.open('w') as file, subprocess.Popen(['nohup', sys.executable, *command(tmp_path, '--num-epochs', 20)],
-                                                 stdin=subprocess.DEVNULL, stdout=file, stderr=file) as process:
-        while 'epoch   1/20' not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
+    log, text, deadline = tmp_path / 'log', '', time.monotonic() + 120
+    script = ['nohup', sys.executable, *command(tmp_path, '--num-epochs', 40)]
+    with log.open('w') as file, subprocess.Popen(script, env=BUFFERED, stdin=subprocess.DEVNULL, stdout=file,
+                                                 stderr=file) as process:
+        while 'epoch   1/40' not in text and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert process.poll() is None, log.read_text()
+            text = log.read_text()
+        assert process.poll() is None and 'summary.md' not in text, text
         process.send_signal(signal.SIGHUP)
         assert process.wait(timeout=120) == 0
     text = log.read_text()
-    assert text.count('images/s') == 20 and text.endswith('confusion.png\n')
+    assert text.count('images/s') == 40 and text.endswith('confusion.png\n')
     assert '\r' not in text  # no bar

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import normalize
 
 import ex3_convnet
 from datasets.augment import Affine, ColorJitter, Crop, Cutout, Flip, Greyscale
-from ex3_convnet import QUESTIONS, Config, PrintModelSize
+from ex3_convnet import QUESTIONS, Config, PrintModelSize, augmentations
 from models.convnet import ConvNet, whiten_first_layer
 
 pytestmark = pytest.mark.usefixtures('cheap')
@@ -106,6 +106,13 @@ def test_what_only_other_choices_use_arrives_too():
         (run,) = ask(ex3_convnet, 'Q1', '--optimizer', 'Muon', '--learning-rate-decay', '0.7', '--precision', precision,
                      '--learning-rate', '0.01').runs
         assert run.optimizer.dtype == dtype and rates(run, 0, 1, 2.9) == pytest.approx([0.01, 0.007, 0.0049])
+
+
+@pytest.mark.parametrize('key, kind', [
+    *[(key, Affine) for key in ('degrees', 'translate', 'scale', 'shear')],
+    *[(key, ColorJitter) for key in ('brightness', 'contrast', 'saturation', 'hue')]])
+def test_each_augmentation_works_alone(key, kind):
+    assert augmentations(Config(**{key: 0.25})) == [kind(**{key: 0.25})]
 
 
 def test_a_model_is_selected_on_validation_and_all_images_are_evaluated_as_they_are(unusual):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from recording import DATA, IMAGENET, ask, layers, rates, small_vgg, truth
+from recording import DATA, IMAGENET, ask, layers, normalisation, rates, small_vgg, truth
 from tiny import pretrained
 from torch import nn
 from torchvision.models import VGG11_BN_Weights
@@ -21,6 +21,7 @@ from lab.files import read_csv
 from lab.progress import Progress
 from lab.results import Result
 from models.features import FeatureBatches
+from models.vgg import VggModel
 from optimizers import make_optimizer
 from training import decay, fit, seed_everything
 
@@ -158,8 +159,7 @@ def test_images_are_normalised_as_imagenets_and_only_those_to_train_on_are_augme
         torch.testing.assert_close(images, normalize(getattr(DATA, part).images / 255, *IMAGENET))
         assert torch.equal(labels, getattr(DATA, part).labels)
     assert torch.equal(run.batches.split.images, DATA.train.images)
-    for value, oracle in zip((run.batches.mean, run.batches.std), IMAGENET, strict=True):
-        assert value.flatten().tolist() == pytest.approx(oracle)
+    assert normalisation(run) == tuple(map(tuple, IMAGENET))
 
 
 # --- features -----------------------------------------------------------------------------------------------
@@ -187,6 +187,14 @@ def test_other_augmentation_runs_the_backbone_live_and_none_needs_no_mirror_imag
     cached = isinstance(run.batches, FeatureBatches)
     assert (run.batches.split.images.shape if cached else run.batches.augmentations) == expected
     assert set(scales(run)) == {'classifier'} and (not cached or run.batches.flip == 0)
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_features_are_computed_in_the_precision_asked_for_and_kept_in_fp32(weights, monkeypatch, precision):
+    seen, extract = set(), VggModel.extract
+    monkeypatch.setattr(VggModel, 'extract', lambda *a: seen.add(torch.is_autocast_enabled('cpu')) or extract(*a))
+    batches, *_ = ex3_pretrained.make_feature_batches(Config(weights=str(weights), precision=precision), DATA)
+    assert seen == {precision == 'bf16'} and batches.split.images.dtype == torch.float32
 
 
 def test_training_on_features_equals_training_with_the_live_backbone_on_the_same_flips(tmp_path, weights):
@@ -274,8 +282,7 @@ def statuses(tmp_path):
     return {r.run: r.status for r in read_csv(Result, tmp_path / 'ex3_pretrained/Q4b/summary.csv')}
 
 
-def test_without_weights_the_run_from_scratch_goes_on_and_the_others_follow_later(tmp_path, weights, monkeypatch,
-                                                                                  capsys):
+def test_without_weights_only_scratch_runs_and_the_others_follow_later(tmp_path, weights, monkeypatch, capsys):
     def refuse(*_args, **_kwargs):
         raise BadStatusLine('a proxy that talks nonsense')
     monkeypatch.setattr(torch.hub, 'download_url_to_file', refuse)
