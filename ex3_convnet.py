@@ -153,11 +153,8 @@ def main(argv: Sequence[str] = ()) -> int:
 def train(run: Run) -> None:
     """One run of an experiment: from its constants and data to the accuracies of its best and its latest model."""
     config = run.config
-    seed_everything(run.seed)
-    model = make_model(config, run.device)
+    model = initial_model(config, run.data, run.seed)
     batches, evaluation = make_batches(config, run.data)
-    if config.whiten:
-        whiten_first_layer(model, evaluation['train'].inputs(run.data.train.images[:4000]))
     optimizer = make_optimizer(config.optimizer, model, config.learning_rate, config.reg, precision=config.precision)
     schedule = make_schedule(config.schedule, config.learning_rate, config.learning_rate_decay, config.num_epochs,
                              config.warmup)
@@ -174,6 +171,16 @@ def make_model(config: Config, device: torch.device) -> ConvNet:
     """The network, its weights channels last in memory, which convolutions prefer."""
     model = ConvNet(config.input_size, config.hidden_size, config.num_classes, config.norm_layer, config.dropout)
     return model.to(device, memory_format=torch.channels_last)
+
+
+def initial_model(config: Config, data: Data, seed: int) -> ConvNet:
+    """The network before training, the same for the same seed."""
+    seed_everything(seed)
+    model = make_model(config, data.train.images.device)
+    if config.whiten:
+        _, evaluation = make_batches(config, data)
+        whiten_first_layer(model, evaluation['train'].inputs(data.train.images[:4000]))
+    return model
 
 
 def make_batches(config: Config, data: Data) -> tuple[Batches, dict[str, Batches]]:
@@ -208,9 +215,9 @@ def augmentations(config: Config) -> list:
 def filters(experiment: Experiment) -> Path:
     """Q1c: the first layer's filters before and after training."""
     first, path = experiment.first_result(), experiment.folder / 'filters.png'
-    seed_everything(first.seed)
-    before = make_model(experiment.rows[first.run], experiment.device)
-    after = experiment.load(make_model(experiment.rows[first.run], experiment.device), first)
+    config = experiment.rows[first.run]
+    before = initial_model(config, experiment.data[first.run], first.seed)
+    after = experiment.load(make_model(config, experiment.device), first)
     VisualizeFilter(after, path, before=before, change=True, title=experiment.title)
     return path
 

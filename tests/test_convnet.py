@@ -12,6 +12,7 @@ from torch import nn
 from torchvision.transforms.functional import normalize
 
 import ex3_convnet
+from datasets import cifar10
 from datasets.augment import Affine, ColorJitter, Crop, Cutout, Flip, Greyscale
 from ex3_convnet import QUESTIONS, Config, PrintModelSize, augmentations
 from models.convnet import ConvNet, whiten_first_layer
@@ -209,3 +210,16 @@ def test_importing_the_scripts_starts_nothing_and_needs_no_pyplot():
                           cwd=Path(ex3_convnet.__file__).parent)
     assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
     assert ex3_convnet.ConvNet is ConvNet
+
+
+def test_the_network_before_training_is_the_same_for_the_same_seed_and_whitened_if_asked():
+    data = cifar10.load('shapes', None, 60, 20)
+    first, second, other, plain = (
+        ex3_convnet.initial_model(ex3_convnet.Config(hidden_size=(32,), whiten=whiten), data, seed).features[0].weight
+        for whiten, seed in ((True, 0), (True, 0), (True, 1), (False, 0)))
+    assert torch.equal(first, second) and not torch.equal(first, plain) and not torch.equal(first, other)
+    with torch.no_grad():  # the first 27 filters: what they answer to the images' patches is uncorrelated
+        images = ex3_convnet.make_batches(ex3_convnet.Config(), data)[1]['train'].inputs(data.train.images)
+        answers = torch.nn.functional.conv2d(images, first[:27]).transpose(0, 1).flatten(1)
+    covariance = answers.cov()
+    assert (covariance - covariance.diag().diag()).abs().max() < 0.05 * covariance.diag().max()
