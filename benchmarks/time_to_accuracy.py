@@ -43,6 +43,7 @@ class Options:
     data: str = 'auto'  # as in the scripts
     recipes: tuple[str, ...] = ('fast', 'Q1')  # questions of ex3_convnet.py, of which the first run is trained
     speed: Path | None = None  # a JSON file of training_speed.py, for the usual script; None: that of this device
+    seed: int = 0  # of the one run of each recipe
     num_epochs: int | None = None  # for a quick look; None: as the recipe has it
     device: str = 'auto'
     precision: Literal['auto', 'fp32', 'bf16'] = 'auto'
@@ -72,8 +73,9 @@ def main(argv: Sequence[str] = ()) -> int:
         precision = recorded[0] if recorded else pick_precision('auto', device)[0]
     curves: dict[str, Curve] = {}
     for recipe, config in configs.items():
-        history = train(Run(recipe, 0, replace(config, precision=precision), data, data.source,
-                            folder / slug(recipe) / 'seed0', device, Progress(f'{recipe}, on the test images'), set()))
+        history = train(Run(recipe, options.seed, replace(config, precision=precision), data, data.source,
+                            folder / slug(recipe) / f'seed{options.seed}', device,
+                            Progress(f'{recipe}, on the test images'), set()))
         accuracies = [100 * accuracy for accuracy in history['val_accuracy']]
         curves[f'this project, {recipe}'] = list(zip(cumulated(history['seconds']), accuracies, strict=True))
         if recipe == 'Q1':
@@ -138,7 +140,7 @@ def plot(curves: dict[str, Curve], path: Path, title: Title) -> Path:
     panel.set(xlabel='minutes of training', ylabel='test accuracy (%)', xlim=(0, None))
     for level in LEVELS:
         panel.axhline(level, color='#bbbbbb', linewidth=0.8, linestyle=':')
-    panel.legend(loc='lower right')
+    panel.legend()
     return save_figure(figure, path)
 
 

@@ -113,7 +113,7 @@ def _load_cifar10(root: Path) -> tuple[Sequence[str], Split, Split]:
     except RuntimeError:
         state = f'is damaged in {root}' if (root / CIFAR10.base_folder).exists() else f'is not in {root}'
         try:
-            with _network_timeout():
+            with network_timeout():
                 train = CIFAR10(root, train=True, download=True)
         except (OSError, RuntimeError, HTTPException) as error:
             remedy = 'run datasets/get_datasets.sh (a mirror may be faster: datasets/get_datasets.sh URL)'
@@ -132,7 +132,8 @@ def _refuse_cifar10_itself(folder: Path) -> None:
 
 
 @contextmanager
-def _network_timeout() -> Iterator[None]:
+def network_timeout() -> Iterator[None]:
+    """Give up a server that stays silent."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SECONDS_TO_ANSWER)
     try:

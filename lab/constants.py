@@ -43,7 +43,6 @@ RANGES = {
 }
 
 
-
 @dataclass(frozen=True)
 class Question:
     """What an experiment asks, and its runs: name -> the constants that differ from those at the top of the script."""

@@ -60,7 +60,8 @@ def describe_device(device: torch.device) -> str:
         names = [line.split(':', 1)[1].strip() for line in cpuinfo.read_text().splitlines()
                  if line.startswith('model name')]
         name = names[0] if names else name
-    return f'{name}, {torch.get_num_threads()} threads' if device.type == 'cpu' else f'{device.type} ({name})'
+    count = torch.get_num_threads()
+    return f'{name}, {count} thread{"" if count == 1 else "s"}' if device.type == 'cpu' else f'{device.type} ({name})'
 
 
 def keep_freed_memory() -> None:

@@ -1,7 +1,6 @@
 """Pretrained weights of VGG11_bn: found or downloaded, read, and their place in the file recognised by structure."""
 import hashlib
 import pickle
-import socket
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.models import VGG11_BN_Weights
 
+from datasets.cifar10 import network_timeout
 from lab.device import first_sentence, is_out_of_memory
 from lab.files import load_tensors
 
@@ -174,16 +174,13 @@ def _imagenet_file() -> Path:
     digest = name.removesuffix('.pth').rsplit('-', 1)[-1]  # torchvision names a file by its SHA256's first digits
     path = Path(torch.hub.get_dir()) / 'checkpoints' / name
     if not path.is_file():
-        before = socket.getdefaulttimeout()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            socket.setdefaulttimeout(10)  # a network that answers nothing is given up
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
+            with network_timeout():
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
         except (OSError, RuntimeError, HTTPException) as error:
             raise WeightsUnavailable(f'the ImageNet weights could not be downloaded ({error}). Fetch {url} and put '
                                      f'it, named {name}, into {path.parent}; or name a file with --weights') from error
-        finally:
-            socket.setdefaulttimeout(before)
     if not (found := _sha256(path)).startswith(digest):
         raise ValueError(f'{path} is damaged: its SHA256 begins with {found[:len(digest)]}, not {digest}. '
                          f'Delete it and run again')

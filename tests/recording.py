@@ -20,7 +20,7 @@ from lab.device import pick_device
 from lab.files import save_tensors, to_csv, write_atomically
 from lab.history import Epoch, History
 from models import vgg
-from models.convnet import ConvNet
+from models.convnet import ConvNet, whiten_first_layer
 from training import seed_everything
 
 TINY = (4, 3, 4, 3, 4)  # filters of each block
@@ -171,3 +171,26 @@ def seeded(run):
     seed_everything(run.seed)
     filters = [layer.out_channels for layer in layers(run.network, nn.Conv2d)]
     return ConvNet(3, filters, 12, 'BN' if layers(run.network, nn.BatchNorm2d) else None)
+
+
+def whitened(run):
+    """Whether the first layer starts as its seed makes it, or whitened for the first 4,000 normalised images."""
+    weight, mean, std = run.network.features[0].weight, *normalisation(run)
+    oracle = seeded(run)
+    if torch.equal(weight, oracle.features[0].weight):
+        return False
+    whiten_first_layer(oracle, normalize(DATA.train.images[:4000] / 255, mean, std))
+    torch.testing.assert_close(weight, oracle.features[0].weight, rtol=1e-3, atol=1e-5)
+    return True
+
+
+def loaded(run):
+    """Whether VGG's convolutional part starts from the file."""
+    state = torch.load(run.folder.parents[3] / 'vgg.pt')
+    return all(torch.equal(run.network.state_dict()[key], tensor) for key, tensor in state.items())
+
+
+def scales(run):
+    """Part of the network -> the factor on its learning rate; what is left out does not train."""
+    names = {id(parameter): name.split('.')[0] for name, parameter in run.model.named_parameters()}
+    return {names[id(p)]: group['scale'] for group in run.optimizer.param_groups for p in group['params']}
