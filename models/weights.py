@@ -81,7 +81,7 @@ def _diagnosis(path: Path, error: Exception) -> str:
     if names and 'data.pkl' not in names:
         return f'is a zip archive that torch.save did not write: what is needed is a state dict, {STATE_DICT}'
     saved = start.startswith((b'\x80', b'PK'))  # by pickle and older torch, or by torch
-    if saved and isinstance(error, pickle.UnpicklingError) and 'truncated' not in str(error):
+    if saved and isinstance(error, pickle.UnpicklingError):
         return ('holds more than tensors and plain values (a whole model, perhaps, or settings), which could execute '
                 f'anything: where you trust it, load it in Python and save only its state dict, {STATE_DICT}')
     if saved or not start:

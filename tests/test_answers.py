@@ -15,10 +15,7 @@ pytestmark = pytest.mark.usefixtures('cheap')
 PICTURES = {'Q1': {'filters', 'mistakes', 'confusion'}, 'Q2a': {'mistakes', 'confusion'}, 'Q2b': {'best_and_latest'},
             'Q3a': {'accuracy', 'gallery'}, 'Q3a-strength': {'accuracy'}, 'Q3b': {'dropout'},
             'fast': {'mistakes', 'confusion'}, 'best': {'mistakes', 'confusion'}, 'ingredients': {'accuracy'}}
-
-
-def means(accuracies):
-    return [accuracy.mean for accuracy in accuracies]
+SETS = {'training': 'train', 'validation': 'val', 'test': 'test'}
 
 
 @pytest.mark.parametrize('name', QUESTIONS)
@@ -28,7 +25,7 @@ def test_every_experiment_ends_with_its_pictures_and_the_accuracies_of_its_netwo
     assert {path.stem for path in asked.folder.glob('*.png')} == PICTURES[name] | {'curves'}
     results = read_csv(Result, asked.folder / 'summary.csv')
     for which in ('best', 'last'):
-        for part in ('train', 'val', 'test'):
+        for part in SETS.values():
             for run, values in truth(ex3_convnet, name, which, part).items():
                 found = [100 * getattr(r, f'{which}_{part}_accuracy') for r in results if r.run == run]
                 assert found == pytest.approx(values), (run, which, part)
@@ -37,60 +34,55 @@ def test_every_experiment_ends_with_its_pictures_and_the_accuracies_of_its_netwo
 
 def test_filters_are_those_of_the_seed_before_and_of_the_best_epoch_after():
     asked = ask(ex3_convnet, 'Q1')
-    (after, path), options = asked.drawn['VisualizeFilter']
+    (after, _), options = asked.drawn['VisualizeFilter']
     before, (run,) = options['before'].features[0].weight, asked.runs
     best = torch.load(run.folder / 'best.pt')['features.0.weight']
     assert torch.equal(before, seeded(run).features[0].weight) and options['change']
     assert torch.equal(after.features[0].weight, best) and not torch.equal(before, best)
 
 
-@pytest.mark.parametrize('name', ['Q1', 'Q2a', 'fast', 'best'])
+@pytest.mark.parametrize('name', [name for name in PICTURES if 'mistakes' in PICTURES[name]])
 def test_mistakes_and_confusion_are_those_of_the_first_runs_best_network_on_the_test_images(name):
-    asked = ask(ex3_convnet, name)
-    images, labels, logits, classes, *_ = asked.drawn['plot_mistakes'][0]
+    drawn = ask(ex3_convnet, name).drawn
+    images, labels, logits, classes, _, title = drawn['plot_mistakes'][0]
     row, (value, *_) = next(iter(truth(ex3_convnet, name, 'best', 'test').items()))
     assert torch.equal(images, DATA.test.images) and torch.equal(labels, DATA.test.labels) and classes == DATA.classes
     assert 100 * (logits.argmax(1) == labels).float().mean().item() == pytest.approx(value)
-    confusion = asked.drawn['plot_confusion'][0]
+    confusion = drawn['plot_confusion'][0]
     assert torch.equal(confusion[0], labels) and torch.equal(confusion[1], logits) and confusion[2] == classes
-    assert f'{row}, seed 0, best model' in str(asked.drawn['plot_mistakes'][0][-1])
+    assert confusion[-1] == title and f'{row}, seed 0, best model' in str(title)
 
 
 def test_best_and_latest_are_not_swapped_and_are_means_over_seeds():
-    asked = ask(ex3_convnet, 'Q2b')
-    rows = asked.drawn['plot_best_and_latest'][0][0]
-    assert list(rows) == ['plain', 'batch norm'] and list(rows['plain']) == ['training', 'validation', 'test']
+    rows = ask(ex3_convnet, 'Q2b').drawn['plot_best_and_latest'][0][0]
     for i, which in enumerate(('best', 'last')):
-        for name, part in (('training', 'train'), ('validation', 'val'), ('test', 'test')):
-            for run, values in truth(ex3_convnet, 'Q2b', which, part).items():
-                assert len(set(values)) > 1
-                assert rows[run][name][i] == pytest.approx((statistics.mean(values), statistics.stdev(values)))
+        for label, part in SETS.items():
+            values = truth(ex3_convnet, 'Q2b', which, part)
+            assert {run: row[label][i] for run, row in rows.items()} == {
+                run: pytest.approx((statistics.mean(three), statistics.stdev(three))) for run, three in values.items()}
 
 
-@pytest.mark.parametrize('name', ['Q3a', 'ingredients'])
-def test_accuracies_are_those_of_the_best_networks(name):
-    rows = ask(ex3_convnet, name).drawn['plot_accuracies'][0][0]
-    for label, part in (('training', 'train'), ('validation', 'val')):
-        assert {run: [row[label].mean] for run, row in rows.items()} == {
-            run: pytest.approx(values) for run, values in truth(ex3_convnet, name, 'best', part).items()}
+def means(name, label):
+    """Of the best networks, evaluated here, in percent, in the order of the experiment's rows."""
+    return pytest.approx(sum(truth(ex3_convnet, name, 'best', SETS[label]).values(), []))
 
 
-def test_strengths_have_a_panel_each_and_the_level_without():
+@pytest.mark.parametrize('label', ['training', 'validation'])
+def test_accuracies_are_those_of_the_best_networks_and_stand_at_what_these_had(label):
+    for name in ('Q3a', 'ingredients'):
+        rows = ask(ex3_convnet, name).drawn['plot_accuracies'][0][0]
+        assert list(rows) == list(QUESTIONS[name].rows)
+        assert [row[label].mean for row in rows.values()] == means(name, label)
+
     panels, level, *_ = ask(ex3_convnet, 'Q3a-strength').drawn['plot_strengths'][0]
     assert {name: x for name, (x, _) in panels.items()} == {
         'crop padding': [2, 4, 8], 'degrees': [5, 15, 30], 'translate': [0.05, 0.1, 0.2], 'jitter': [0.1, 0.3, 0.5]}
-    for label, part in (('training', 'train'), ('validation', 'val')):
-        none, *others = truth(ex3_convnet, 'Q3a-strength', 'best', part).values()
-        assert [level[label].mean] == pytest.approx(none)
-        found = [mean for _, series in panels.values() for mean in means(series[label])]
-        assert found == pytest.approx(sum(others, []))
+    shown = [level[label], *(accuracy for _, series in panels.values() for accuracy in series[label])]
+    assert [accuracy.mean for accuracy in shown] == means('Q3a-strength', label)
 
-
-def test_accuracy_is_drawn_against_the_dropout_that_the_networks_had():
     (x, series, *_), options = ask(ex3_convnet, 'Q3b').drawn['plot_against']
     assert x == pytest.approx([p / 10 for p in range(10)]) and options['chance'] == pytest.approx(100 / 12)
-    for label, part in (('training', 'train'), ('validation', 'val')):
-        assert means(series[label]) == pytest.approx(sum(truth(ex3_convnet, 'Q3b', 'best', part).values(), []))
+    assert [accuracy.mean for accuracy in series[label]] == means('Q3b', label)
 
 
 def test_each_row_of_the_gallery_shows_versions_of_the_same_images_as_it_trains_on_them():

@@ -1,6 +1,7 @@
-"""The benchmark's arithmetic against numbers worked out by hand, its two ways against each other, and a tiny run."""
+"""The benchmarks' arithmetic against numbers worked out by hand, its two ways against each other, and a tiny run."""
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -12,9 +13,12 @@ from torch import nn
 
 import ex3_convnet
 from benchmarks import tables, usual_script
+from benchmarks import time_to_accuracy as bench
 from benchmarks import training_speed as speed
+from datasets import cifar10
 from datasets.batches import Batches
-from ex3_pretrained import VggModel
+from ex3_pretrained import IMAGENET_MEAN
+from lab.constants import Question
 from lab.history import Epoch, History
 from models.convnet import ConvNet
 
@@ -22,91 +26,109 @@ PUBLISHED = json.loads((Path(speed.__file__).parent / 'results' / 'AMD-EPYC-2-th
 CPU = torch.device('cpu')
 
 
-def load(steps=1, batch_size=4, data=None):
-    return speed.load_data(speed.Options(data=data, batch_size=batch_size), steps)
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that would be saved, to look into."""
+    figures = []
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, file, **_: figures.append(figure) or file.write(b'a picture'))
+    return figures
 
 
-# --- arithmetic ---------------------------------------------------------------------------------------------
+def load(steps=1, data=None):
+    return speed.load_data(speed.Options(data=data, batch_size=4), steps)
+
+
+def made(make, case, folder, *workers, steps=1, precision='fp32'):
+    """One way to train a case, on four images a step, the ConvNet with few filters."""
+    script, constants = speed.CASES[case]
+    small = speed.Case(script, constants | (dict(hidden_size=(8, 8)) if script is ex3_convnet else {}))
+    config = speed.configure(small, speed.Options(batch_size=4), load(steps), precision, folder)
+    return make(script, config, load(steps), CPU, *workers)
 
 
 @pytest.mark.parametrize('norm_layer', [None, 'BN'])
-def test_flops_of_the_convnet_are_those_worked_out_by_hand(norm_layer):
+def test_flops_are_those_worked_out_by_hand(norm_layer):
     first = 32 * 32 * 27 * 128  # multiply-adds: pixels x (3x3 pixels of 3 channels) x filters
     forward = (first + 16 * 16 * (9 * 128) * 512 + (8 * 8 + 4 * 4 + 2 * 2) * (9 * 512) * 512 + 512 * 10)
-    assert forward == pytest.approx(353e6, rel=0.01)
     by_hand = 2 * (3 * forward - first)  # backward: gradients of weights and of inputs, but not of the images
     model = ConvNet(3, [128, 512, 512, 512, 512], 10, norm_layer)
     assert speed.training_flops(model, torch.randn(2, 3, 32, 32)) == pytest.approx(by_hand, rel=0.01)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_flops_of_the_frozen_vgg_head_are_those_worked_out_by_hand():
-    head = VggModel(10, fine_tune=True, pretrained=False)
-    first, second = 512 * 256, 256 * 10
-    assert speed.training_flops(head, torch.randn(2, 512)) == 2 * (3 * (first + second) - first)
-
-
-def test_the_published_page_is_what_its_numbers_give():
+def test_the_published_page_and_a_picture_are_what_the_numbers_give(drawn, tmp_path):
     readme = Path(speed.__file__).with_name('README.md').read_text(encoding='utf-8')
     assert ' '.join(tables.table(PUBLISHED).split()) in ' '.join(readme.split())
-
-
-def test_bars_are_medians_their_whiskers_reach_from_the_smallest_to_the_largest(monkeypatch, tmp_path):
-    figures = []
-    monkeypatch.setattr(Figure, 'savefig', lambda figure, file, **_: figures.append(figure) or file.write(b'a picture'))
     tables.plot(PUBLISHED, tmp_path / 'speed.png')
-    for panel, (name, case) in zip(figures[0].axes, PUBLISHED['cases'].items(), strict=True):
+    for panel, case in zip(drawn[0].axes, PUBLISHED['cases'].values(), strict=True):
         speeds = [case['ways'][way]['images_per_second'] for way in tables.WAYS]
-        assert panel.get_title(loc='left').startswith(name)
-        assert [label.get_text() for label in panel.get_yticklabels()] == list(tables.WAYS)
-        assert [bar.get_width() for bar in panel.patches] == [median(values) for values in speeds]
         whiskers = [[x for x, _ in segment] for segment in panel.collections[0].get_segments()]
         assert whiskers == [pytest.approx([min(values), max(values)]) for values in speeds]
-        ratio = median(tables.ratios(speeds[2], speeds[0]))
-        assert panel.texts[2].get_text().endswith(f'({ratio:.1f}x)')
+        assert panel.texts[2].get_text().endswith(f'({median(tables.ratios(speeds[2], speeds[0])):.1f}x)')
+
+
+def test_speeds_are_compared_with_what_the_machine_does_in_their_own_precision():
+    way = {'flops_per_image': 6.0, 'images_per_second': [10, 20, 60], 'precision': 'bf16'}
+    case = {'ways': {'this project': way}, 'ceiling': {'fp32': [1, 1, 1], 'bf16': [120, 480, 1200]}}
+    assert tables.utilisation(case, 'this project') == pytest.approx(0.3)  # the median of 1/2, 1/4 and 3/10
 
 
 # --- the two ways -------------------------------------------------------------------------------------------
 
 
-def test_the_usual_script_sees_the_same_numbers_as_the_project():
-    data = load()
-    transform = usual_script.usual_transform(ex3_convnet.Config(), (0.5,) * 3, (0.5,) * 3)
-    images = usual_script.PilImages(data.train, transform)
+def test_the_usual_script_sees_the_same_numbers_as_the_project_and_shuffles_and_its_workers_stay(monkeypatch, tmp_path):
+    loaders = []
+    monkeypatch.setattr(usual_script, 'DataLoader', lambda *arguments, **options: loaders.append((arguments, options)))
+    for workers in (0, 3):
+        made(usual_script.usual, 'ConvNet', tmp_path, workers)
+    (images, batch_size), _ = loaders[0]
     usual, labels = zip(*(images[i] for i in range(len(images))), strict=True)
-    expected, expected_labels = next(iter(Batches(data.train, 4)))
+    expected, expected_labels = next(iter(Batches(load().train, 4)))
     torch.testing.assert_close(torch.stack(usual), expected)
-    assert list(labels) == expected_labels.tolist()
+    assert (list(labels), batch_size) == (expected_labels.tolist(), 4)
+    assert [options for _, options in loaders] == [
+        dict(shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0) for workers in (0, 3)]
 
 
-@pytest.mark.parametrize('name, kinds', [
-    ('ConvNet, batch norm', ['ToTensor', 'Normalize']),
-    ('ConvNet, batch norm, flip + crop + jitter', ['RandomCrop', 'RandomHorizontalFlip', 'ColorJitter', 'ToTensor',
-                                                   'Normalize']),
-    ('VGG11_bn, frozen', ['RandomHorizontalFlip', 'ToTensor', 'Normalize'])])
-def test_the_usual_script_augments_as_the_constants_say(name, kinds, tmp_path):
-    config = speed.configure(speed.CASES[name], speed.Options(), load(), 'fp32', tmp_path)
-    transform = usual_script.usual_transform(config, (0.5,) * 3, (0.5,) * 3)
-    assert [type(step).__name__ for step in transform.transforms] == kinds
+FLIP = 'RandomHorizontalFlip(p=0.5)'
+ALL = ['RandomCrop(size=(32, 32), padding=4)', FLIP, 'ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), '
+       'saturation=(0.7, 1.3), hue=(-0.05, 0.05))']
 
 
-def test_the_usual_script_is_contiguous_and_freezes_what_the_project_freezes(tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(usual_script, 'training_flops', lambda model, _: made.append(model) or 0)
-    for name in ('ConvNet', 'VGG11_bn, frozen'):
-        case = speed.CASES[name]
-        speed.usual(case.script, speed.configure(case, speed.Options(), load(), 'fp32', tmp_path), load(), CPU)
-    assert all(layer.weight.is_contiguous() for model in made for layer in model.modules()
-               if isinstance(layer, nn.Conv2d))
-    assert [next(model.features.parameters()).requires_grad for model in made] == [True, False]
+@pytest.mark.parametrize('name, steps, mean, trains, adam', [
+    ('ConvNet, batch norm, flip + crop + jitter', ALL, (0.5,) * 3, True, dict(lr=2e-3, weight_decay=1e-3)),
+    ('VGG11_bn, frozen', [FLIP], IMAGENET_MEAN, False, dict(lr=1e-3, weight_decay=0))])
+def test_the_usual_script_has_the_constants_of_the_project_but_not_its_memory_format(
+        name, steps, mean, trains, adam, tmp_path, monkeypatch, weights):
+    seen = []
+    monkeypatch.setattr(usual_script, 'PilImages', lambda _, transform: seen.append(transform) or [0])
+    monkeypatch.setattr(usual_script, 'training_flops', lambda model, _: seen.append(model) or 0)
+    monkeypatch.setattr(torch.optim, 'Adam', lambda _, **options: seen.append(options))
+    made(usual_script.usual, name, tmp_path)
+    transform, options, model = seen
+    assert [str(step) for step in transform.transforms[:-1]] == [*steps, 'ToTensor()']
+    assert transform.transforms[-1].mean == mean and next(model.features.parameters()).requires_grad == trains
+    assert options == adam
+    assert all(layer.weight.is_contiguous() for layer in model.modules() if isinstance(layer, nn.Conv2d))
 
 
-def test_a_repetition_takes_as_many_images_as_its_steps():
-    assert len(load(steps=3, batch_size=4).train) == 12
-    assert len(load(steps=3, batch_size=4, data='shapes').train) == 12
+def test_the_project_is_timed_by_its_own_history_and_trains_as_the_constants_say(tmp_path, monkeypatch):
+    called = []
+    epochs = [Epoch(epoch, 0.1, 1.0, 0.5, 1.0, 0.5, 2.0, speed) for epoch, speed in ((1, 5.0), (2, 77.0))]
+    monkeypatch.setattr(speed, 'fit', lambda *a, **k: called.append((a, k)) or History(epochs))
+    assert made(speed.project, 'ConvNet', tmp_path, precision='bf16').run() == 77.0  # the first may capture a graph
+    (_, batches, _, optimizer, schedule, _), options = called[0]
+    assert (batches.batch_size, options['num_epochs'], options['precision']) == (4, 1, 'bf16')
+    assert (schedule(0), schedule(1)) == (2e-3, pytest.approx(1.9e-3))
+    assert optimizer.param_groups[0]['weight_decay'] == 1e-3
+    few = replace(load(), classes=('ant', 'bee'))  # of an image folder, say
+    config = speed.configure(speed.CASES['ConvNet'], speed.Options(batch_size=200), few, 'fp32', tmp_path)
+    assert (config.num_classes, config.batch_size) == (2, 4)
 
 
-def test_memory_is_the_growth_while_a_way_is_made_and_trains_twice(tmp_path, monkeypatch):
+def test_memory_is_the_growth_of_the_peak_while_a_way_is_made_and_trains_twice(tmp_path, monkeypatch):
+    if speed.STATUS.exists():  # on Linux
+        assert 10e6 < speed.peak_resident_memory() < 1e12  # bytes
     peaks, runs = iter([100, 350]), []  # before the way is made, after it has trained
     monkeypatch.setattr(speed, 'peak_resident_memory', lambda: next(peaks))
     monkeypatch.setattr(speed, 'project', lambda *_: speed.Way(lambda: runs.append(1) or 1.0, 2.0))
@@ -114,31 +136,9 @@ def test_memory_is_the_growth_while_a_way_is_made_and_trains_twice(tmp_path, mon
     assert (speed.growth('ConvNet', speed.PROJECT, options, 'fp32', tmp_path), runs) == (250, [1, 1])
 
 
-def test_the_peak_of_this_process_is_read_in_bytes():
-    if not speed.STATUS.exists():
-        pytest.skip('the peak memory of a process is read from /proc, which only Linux has')
-    assert 10e6 < speed.peak_resident_memory() < 1e12
-
-
-def test_the_project_is_timed_by_its_own_history_and_trains_as_the_constants_say(tmp_path, monkeypatch):
-    called = []
-    epochs = [Epoch(1, 0.1, 1.0, 0.5, 1.0, 0.5, 2.0, 77.0)]
-    monkeypatch.setattr(speed, 'fit', lambda *a, **k: called.append((a, k)) or History(epochs))
-    config = speed.configure(speed.CASES['ConvNet'], speed.Options(batch_size=4), load(), 'bf16', tmp_path)
-    assert speed.project(ex3_convnet, config, load(), CPU).run() == 77.0
-    (_, batches, _, optimizer, schedule, _), options = called[0]
-    assert (batches.batch_size, options['num_epochs'], options['precision']) == (4, 1, 'bf16')
-    assert (schedule(0), schedule(1)) == (config.learning_rate, config.learning_rate * config.learning_rate_decay)
-    assert optimizer.param_groups[0]['weight_decay'] == config.reg
-
-
-# --- the whole ----------------------------------------------------------------------------------------------
-
-
-def test_a_tiny_run_prints_a_table_and_writes_numbers_and_a_plot(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Figure, 'savefig', lambda _figure, file, **_: file.write(b'a picture'))
+def test_a_tiny_run_prints_a_table_and_writes_numbers_and_a_plot(tmp_path, monkeypatch, capsys, cheap, drawn, weights):
     monkeypatch.setattr(speed, 'WORKERS', (1,))
-    monkeypatch.setattr(speed, 'seconds_per_call', lambda *_: 1.0)
+    monkeypatch.setattr(speed, 'measure_ceiling', lambda _: dict(fp32=1e9, bf16=1e9, copy=1e9))
     narrow = speed.Case(ex3_convnet, dict(norm_layer='BN', hidden_size=(8, 8)))
     monkeypatch.setitem(speed.CASES, 'ConvNet, batch norm', narrow)
     cases = ['ConvNet, batch norm', 'VGG11_bn, frozen']
@@ -147,23 +147,16 @@ def test_a_tiny_run_prints_a_table_and_writes_numbers_and_a_plot(tmp_path, monke
     printed = capsys.readouterr().out
     path, = tmp_path.glob('*.json')
     record = json.loads(path.read_text())
-    assert list(record['cases']) == cases
+    assert list(record['cases']) == cases and path.with_suffix('.png').read_bytes() == b'a picture'
     for case in record['cases'].values():
-        assert list(case['ways']) == list(speed.WAYS)
-        for way in case['ways'].values():
-            assert len(way['images_per_second']) == 1 and way['images_per_second'][0] > 0 < way['flops_per_image']
-        assert all(value > 0 for values in case['ceiling'].values() for value in values)
-    assert record['cases']['VGG11_bn, frozen']['features']['images'] == 2 * 4
-    assert record['cases']['ConvNet, batch norm']['features'] is None
-    assert path.with_suffix('.png').read_bytes() == b'a picture'
-
+        assert [len(case['ways'][way]['images_per_second']) for way in speed.WAYS] == [1, 1, 1]
+        assert all(way['images_per_second'][0] > 0 < way['flops_per_image'] for way in case['ways'].values())
+    features = [case['features'] and case['features']['images'] for case in record['cases'].values()]
+    assert features == [None, 2 * 4]  # each image and its mirror image
     assert speed.main(['--table', str(path)]) == 0
     table = capsys.readouterr().out.strip()
-    assert printed.startswith(table) and str(path) in printed
-    assert all(f'| {name} ' in table for name in cases)
-
-
-def test_an_unknown_case_is_one_message(capsys):
+    assert printed.startswith(table) and str(path) in printed and all(f'| {name} ' in table for name in cases)
+    assert len(load(steps=3, data='shapes').train) == 12  # as many images as the steps take
     assert speed.main(['--cases', 'ResNet']) == 2
     assert "'ResNet'" in capsys.readouterr().err
 
@@ -173,9 +166,7 @@ def test_an_unknown_case_is_one_message(capsys):
 
 class Clock:
     """Every look at it is two seconds after the one before."""
-
-    def __init__(self):
-        self.now = 0.0
+    now = 0.0
 
     def perf_counter(self):
         self.now += 2.0
@@ -184,28 +175,19 @@ class Clock:
 
 def test_the_usual_script_trains_with_the_defaults_of_torch_and_counts_its_images_per_second(monkeypatch, tmp_path):
     monkeypatch.setattr(usual_script, 'time', Clock())
-    models, states, losses, forward, item = [], [], [], ConvNet.forward, torch.Tensor.item
-    monkeypatch.setattr(torch.Tensor, 'item', lambda self: (self.requires_grad and losses.append(self)) or item(self))
-    monkeypatch.setattr(ConvNet, 'forward', lambda self, x: models.append(self) or states.append(
+    models, seen, forward, item = [], [], ConvNet.forward, torch.Tensor.item
+    monkeypatch.setattr(usual_script, 'give_back_freed_memory', lambda: seen.append('defaults'))
+    monkeypatch.setattr(usual_script, 'pick_device', lambda _: seen.append("the project's"))
+    monkeypatch.setattr(torch.Tensor, 'item', lambda self: (self.requires_grad and seen.append('loss')) or item(self))
+    monkeypatch.setattr(ConvNet, 'forward', lambda self, x: models.append(self) or seen.append(
         (self.training, torch.backends.cudnn.benchmark)) or forward(self, x))
-    config = speed.configure(speed.CASES['ConvNet'], speed.Options(batch_size=4), load(steps=3), 'fp32', tmp_path)
-    way = usual_script.usual(ex3_convnet, config, load(steps=3), CPU)
+    way = made(usual_script.usual, 'ConvNet', tmp_path, steps=3)
     before = models[0].classifier.weight.clone()
-    del states[:]  # of counting the FLOP
+    del seen[:]  # of counting the FLOP
     torch.backends.cudnn.benchmark = True
     assert way.run() == 12 / 2.0
-    assert states == [(True, False)] * 3 and len(losses) == 3  # the loss is read at every step
+    assert seen == ['defaults', *[(True, False), 'loss'] * 3, "the project's"]  # the loss is read at every step
     assert not torch.equal(models[0].classifier.weight, before)
-
-
-def test_the_usual_script_shuffles_and_its_workers_stay(monkeypatch, tmp_path):
-    made = []
-    monkeypatch.setattr(usual_script, 'DataLoader', lambda _images, size, **options: made.append((size, options)))
-    config = speed.configure(speed.CASES['ConvNet'], speed.Options(batch_size=4), load(), 'fp32', tmp_path)
-    for workers in (0, 3):
-        usual_script.usual(ex3_convnet, config, load(), CPU, workers)
-    assert made == [(4, dict(shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0))
-                    for workers in (0, 3)]
 
 
 def test_the_fastest_workers_are_those_of_the_second_run():
@@ -214,33 +196,27 @@ def test_the_fastest_workers_are_those_of_the_second_run():
     assert (count, way.flops) == (4, 4)
 
 
-def test_seconds_per_call_are_those_of_one_call(monkeypatch):
+def test_the_ceiling_counts_two_operations_per_multiply_add_and_bytes_read_and_written(monkeypatch):
     monkeypatch.setattr(speed, 'time', Clock())
-    calls = []
+    calls, products = [], []
     assert speed.seconds_per_call(lambda: calls.append(1), CPU, at_least=0.3) == 2.0 / 2
     assert len(calls) == 3  # one to warm up, two that are timed
-
-
-def test_the_ceiling_counts_two_operations_per_multiply_add_and_bytes_read_and_written(monkeypatch):
     monkeypatch.setattr(speed, 'MATRIX_SIDE', {'cpu': 64})
     monkeypatch.setattr(speed, 'COPY_LENGTH', 1000)
-    products = []
     monkeypatch.setattr(speed, 'seconds_per_call', lambda call, _: products.append(call()) or 2.0)
     assert speed.measure_ceiling(CPU) == {'fp32': 64 ** 3, 'bf16': 64 ** 3, 'copy': 4000}
     assert [(tuple(one.shape), one.dtype) for one in products] == [
         ((64, 64), torch.float32), ((64, 64), torch.bfloat16), ((1000,), torch.float32)]
+    assert torch.get_float32_matmul_precision() == 'highest'  # as before
 
 
 def test_every_way_warms_up_before_it_is_measured_and_ways_take_turns(monkeypatch, tmp_path):
+    def way(name):
+        return speed.Way(lambda: runs.append(name) or 1.0, 2.0)
     runs = []
-
-    def fake(name):
-        def make(*_arguments, **_options):
-            return speed.Way(lambda: runs.append(name) or 1.0, 2.0)
-        return make
-    for name in ('usual', 'project'):
-        monkeypatch.setattr(speed, name, fake(name))
-    monkeypatch.setattr(speed, 'fastest_workers', lambda make: (2, fake('workers')()))
+    monkeypatch.setattr(speed, 'usual', lambda *_: way('usual'))
+    monkeypatch.setattr(speed, 'project', lambda *_: way('project'))
+    monkeypatch.setattr(speed, 'fastest_workers', lambda _: (2, way('workers')))
     monkeypatch.setattr(speed, 'measure_ceiling', lambda _: dict(fp32=1.0, bf16=2.0, copy=3.0))
     monkeypatch.setattr(speed, 'STATUS', tmp_path)
     monkeypatch.setattr(speed, 'ProcessPoolExecutor', lambda *_: nullcontext(SimpleNamespace(
@@ -252,3 +228,61 @@ def test_every_way_warms_up_before_it_is_measured_and_ways_take_turns(monkeypatc
         ([1.0, 1.0], 'fp32', 'peak of usual script', 0), ([1.0, 1.0], 'fp32', None, 2),
         ([1.0, 1.0], 'bf16', 'peak of this project', 0)]
     assert case['ceiling'] == dict(fp32=[1.0, 1.0], bf16=[2.0, 2.0], copy=[3.0, 3.0])
+
+
+# --- time to accuracy ----------------------------------------------------------------------------------------
+
+
+def test_minutes_are_those_at_the_end_of_the_first_epoch_that_reaches_a_level():
+    curve = [(2.0, 70.0), (4.0, 81.0), (6.0, 79.0), (8.0, 86.0), (10.0, 84.0)]
+    assert [bench.minutes_until(level, curve) for level in (70, 75, 80, 85, 88)] == [2, 4, 4, 8, None]
+    assert bench.cumulated([60, 120, 30]) == [1, 3, 3.5]
+    cells = [cell.strip() for cell in bench.table({'fast': curve}).splitlines()[2].strip('|').split('|')]
+    assert cells == ['fast', '4', '4', '8', '–', '84.0 % after 10']
+
+
+def test_recipes_are_timed_on_test_images_and_the_usual_script_by_its_own_speed(
+        tmp_path, monkeypatch, capsys, cheap, drawn):
+    for name in ('fast', 'Q1'):
+        (row,) = ex3_convnet.QUESTIONS[name].rows.values()
+        tiny = Question('?', {name: row | {'hidden_size': (4, 4), 'num_epochs': 2}})
+        monkeypatch.setitem(ex3_convnet.QUESTIONS, name, tiny)
+    measured, out = tmp_path / 'speed.json', tmp_path / 'out'
+    way = {'usual script': {'images_per_second': [9, 10, 30]}}
+    measured.write_text(json.dumps({'cases': {'ConvNet': {'ways': way}}}))
+    evaluated, trained, fit = [], [], ex3_convnet.fit
+    monkeypatch.setattr(ex3_convnet, 'fit', lambda *a, **k: evaluated.append(a[2].split.images) or trained.append(
+        (k['num_epochs'], k['precision'], k['seed'])) or fit(*a, **k))
+    arguments = ['--data', 'shapes', '--speed', str(measured), '--device', 'cpu', '--results', str(out)]
+    for faster in ('fp32', 'bf16'):  # the precision of what was begun stays
+        monkeypatch.setattr(bench, 'pick_precision', lambda *_, faster=faster: (faster, ''))
+        assert bench.main(arguments) == 0
+    assert trained == [(2, 'fp32', 0), (2, 'fp32', 0)]  # of fast and of Q1: the second time nothing is trained
+    test = cifar10.load('shapes', tmp_path, 49000, 1000).test
+    assert all(torch.equal(images, test.images) for images in evaluated)
+
+    history = History.read(out / 'Q1' / 'seed0' / 'history.csv')
+    accuracies = [100 * accuracy for accuracy in history['val_accuracy']]
+    minutes = [20 / 60, 40 / 60]  # 200 of the 240 training images an epoch, in whole batches, at 10 images/s
+    curves = {name: list(map(tuple, curve))
+              for name, curve in json.loads((out / 'curves.json').read_text())['curves'].items()}
+    assert list(curves) == ['this project, fast', 'this project, Q1', 'usual script']
+    assert curves['this project, Q1'] == list(zip(bench.cumulated(history['seconds']), accuracies, strict=True))
+    assert curves['usual script'] == [pytest.approx(point) for point in zip(minutes, accuracies, strict=True)]
+    lines = {line.get_label(): list(map(tuple, line.get_xydata())) for line in drawn[-1].axes[0].lines}
+    assert curves == {name: lines[name] for name in curves}
+    printed = capsys.readouterr().out
+    assert 'The usual script was not trained' in printed and 'at 10 images/s' in printed and 'one seed' in printed
+    assert printed.count(', fp32') == 2 and ', bf16' not in printed
+
+    other = ['--recipes', 'Q1', '--num-epochs', '1', '--seed', '3']  # constants: another folder
+    assert bench.main([*arguments, *other]) == 0
+    assert trained[2:] == [(1, 'bf16', 3)] and (tmp_path / 'out-2' / 'Q1' / 'seed3').exists()
+    assert 'num_epochs=1' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('wrong, message', [
+    (['--recipes', 'faster'], "got 'faster'"), (['--speed', 'nowhere.json'], 'nowhere.json does not hold the speed')])
+def test_what_is_not_there_is_one_sentence(wrong, message, capsys):
+    assert bench.main(['--device', 'cpu', *wrong]) == 2
+    assert message in capsys.readouterr().err

@@ -1,109 +1,97 @@
 """Constants, rows and the command line: precedence, types, ranges, and one sentence for what makes no sense."""
+import math
+import re
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
+from tiny import assert_refused, convnet, pretrained
 
-from ex3_convnet import QUESTIONS, Config, main
-from lab.constants import RANGES, Question, read_constants, slug
-
-TINY = ['--data', 'shapes', '--num-training', '60', '--num-validation', '20', '--batch-size', '20',
-        '--hidden-size', '4', '4', '4', '4', '4', '--device', 'cpu', '--precision', 'fp32']
+import ex3_convnet
+import ex3_pretrained
+from lab.constants import RANGES, Question, read_constants
 
 
-def read(*options):
-    return read_constants('ex3_convnet', Config(), QUESTIONS, options)[1]
+def read(*options, script=ex3_convnet, **edited):
+    """run -> its constants, where those at the top of the script have been edited."""
+    return read_constants(script.__name__, script.Config(**edited), script.QUESTIONS, options,
+                          getattr(script, 'RANGES', None))[1]
 
 
 def test_constants_are_overridden_by_the_row_and_the_row_by_the_command_line():
-    assert read()['ConvNet'].num_epochs == Config().num_epochs == 20
-    assert read('--experiment', 'Q2b')['batch norm'].num_epochs == 50
-    rows = read('--experiment', 'Q2b', '--num-epochs', '1', '--seeds', '3', '4')
-    assert [(c.num_epochs, c.norm_layer, c.seeds) for c in rows.values()] == [(1, None, (3, 4)), (1, 'BN', (3, 4))]
+    def epochs(*options, **edited):
+        return [config.num_epochs for config in read(*options, **edited).values()]
+    assert epochs() == [20] and epochs(num_epochs=30) == [30]
+    assert epochs('--num-epochs', '1', num_epochs=30) == [1]
+    assert epochs('--experiment', 'Q2b', num_epochs=30) == [50, 50]
+    assert epochs('--experiment', 'Q2b', '--num-epochs', '1') == [1, 1]
+    rows = read('--seeds', '3', '4', experiment='Q2b', hidden_size=[4, 4], data_root='here')  # as people write them
+    assert [(c.norm_layer, c.seeds, c.hidden_size, c.data_root) for c in rows.values()] == [
+        (norm, (3, 4), (4, 4), Path('here')) for norm in (None, 'BN')]
 
 
-@pytest.mark.parametrize('options, word', [
-    (['--experiment', 'Q3b', '--dropout', '0.3'], 'Q3b compares values of dropout'),
-    (['--experiment', 'Q2a', '--norm-layer', 'BN'], 'norm_layer')])
-def test_a_compared_constant_cannot_be_fixed_on_the_command_line(options, word):
-    with pytest.raises(ValueError, match=word):
-        read(*options)
+@pytest.mark.parametrize('script, options, edited, words', [
+    (ex3_convnet, ['--experiment', 'Q2a', '--norm-layer', 'BN'], {}, 'Q2a compares values of norm_layer'),
+    (ex3_convnet, [], dict(experiment='Q3a', flip=0.5), 'Q3a compares values of flip'),
+    (ex3_pretrained, ['--experiment', 'Q4a', '--mode', 'scratch'], {}, 'Q4a compares values of mode')])
+def test_what_is_compared_cannot_be_made_the_same_in_every_run(script, options, edited, words):
+    with pytest.raises(ValueError, match=words):
+        read(*options, script=script, **edited)
 
 
-def test_an_edited_constant_that_makes_all_rows_alike_is_refused():
-    with pytest.raises(ValueError, match='Q3a compares values of flip'):
-        read_constants('ex3_convnet', Config(experiment='Q3a', flip=0.5), QUESTIONS, [])
+def ranges_of(script) -> dict[str, tuple[float, float]]:
+    """The ends of every number among its constants."""
+    numbers = [constant.name for constant in fields(script.Config) if re.search('int|float', str(constant.type))]
+    return {key: (RANGES | getattr(script, 'RANGES', {}))[key] for key in numbers}
 
 
-@pytest.mark.parametrize('name', QUESTIONS)
-def test_every_row_of_every_experiment_passes_the_checks(name):
-    rows = read('--experiment', name)
-    assert rows.keys() == QUESTIONS[name].rows.keys() and QUESTIONS[name].text.endswith('?')
-    assert len({slug(run) for run in rows}) == len(rows)
+@pytest.mark.parametrize('script, name', [(ex3_convnet, 'Q1'), (ex3_pretrained, 'Q4a')])
+def test_what_is_outside_its_range_is_refused(script, name):
+    kinds = {constant.name: str(constant.type) for constant in fields(script.Config)}
+    for number, (key, (low, high)) in enumerate(ranges_of(script).items()):
+        value = [low - 1, 2 * high + 1, math.nan if 'float' in kinds[key] else -high][number % 3]
+        values = (value,) * (2 if key == 'layer_config' else 1) if 'tuple' in kinds[key] else value
+        with pytest.raises(ValueError, match=f'^{key} must be between '):
+            read(script=script, experiment=name, **{key: values})
 
 
-@pytest.mark.parametrize('key', [key for key, kind in Config.__annotations__.items()
-                                 if any(number in str(kind) for number in ('int', 'float'))])
-def test_every_number_has_a_range(key):
-    assert key in RANGES
-
-
-@pytest.mark.parametrize('option, value', [
-    ('dropout', '1.5'), ('dropout', '-0.1'), ('batch-size', '0'), ('num-epochs', '0'), ('learning-rate', 'nan'),
-    ('learning-rate', 'inf'), ('num-training', '0'), ('experiment', 'Q9'), ('reg', '-1'), ('seeds', '-1'),
-    ('hidden-size', '0'), ('input-size', '1'), ('patience', '0'), ('freeze-at', '2')])
-def test_a_constant_out_of_range_is_named_with_its_range(tmp_path, capsys, option, value):
-    assert main([*TINY, '--results', str(tmp_path), f'--{option}', value]) == 2
-    errors = capsys.readouterr().err
-    assert errors.count('\n') == 1 and list(tmp_path.iterdir()) == []
-    assert errors.startswith(f'ex3_convnet: error: {option.replace("-", "_")} must be ')
+@pytest.mark.parametrize('end', [0, 1], ids=['lowest', 'highest'])
+@pytest.mark.parametrize('script, train', [(ex3_convnet, convnet), (ex3_pretrained, pretrained)],
+                         ids=['convnet', 'pretrained'])
+def test_all_numbers_at_the_ends_of_their_ranges_train_or_diverge(tmp_path, cheap, weights, capsys, script, train, end):
+    values = {key: ends[end] for key, ends in ranges_of(script).items()} | {
+        'num_epochs': 1, 'num_training': 60, 'hidden_size': 8 ** end, 'num_classes': 1000, 'layer_config': '512 1'}
+    options = [word for key in values.keys() & ranges_of(script) for word in (
+        f'--{key.replace("_", "-")}', *str(values[key]).split())]
+    options += ['--weights', weights, '--mode', 'fine-tuned'] if train is pretrained else []
+    status, errors = train(tmp_path, '--experiment', 'best', *options), capsys.readouterr().err
+    assert status == 0 or status == 1 and 'diverged' in errors, errors
 
 
 @pytest.mark.parametrize('options, sentence', [
-    ('--num-epoch 3', 'Unrecognized options: --num-epoch, 3: did you mean --num-epochs?'),
-    ('nonsense', 'Unrecognized options: nonsense'),
-    ('--num-epochs x', "--num-epochs must be a whole number, got 'x'"),
+    ('--num-epoch 3', 'Unrecognized options: --num-epoch, 3: did you mean --num-epochs? (all options: python '
+                      'ex3_convnet.py --help)\n'),
     ('--num_epochs=2.5 --flip 1', "--num-epochs must be a whole number, got '2.5'"),
     ('--num-epochs --flip 1', "--num-epochs must be a whole number, got ''"),
     ('--hidden-size 4 b --flip 1', "--hidden-size must be whole numbers, such as (1, 2), got '4 b'"),
-    ('--patience never', "--patience must be a whole number or None, got 'never'"),
     ('--learning-rate 1 --learning-rate -x --learning-rate-decay 1', "--learning-rate must be a number, got '-x'"),
-    ('--optimizer AdamW', "--optimizer must be 'Adam' or 'SGD' or 'Muon', got 'AdamW'")])
-def test_a_mistyped_option_is_one_sentence(capsys, options, sentence):
-    assert main(options.split()) == 2
-    assert capsys.readouterr().err == (
-        f'ex3_convnet: error: {sentence} (all options: python ex3_convnet.py --help)\n')
+    ('--optimizer AdamW', "--optimizer must be 'Adam' or 'SGD' or 'Muon', got 'AdamW'"),
+    ('--seeds', 'seeds must be between 0 and 2,147,483,648, got ()'),
+    ('--experiment Q9', 'experiment must be one of Q1, Q2a, '),
+    ('--hidden-size 4 4 4 4 4 4', 'hidden_layers must name one to five blocks')])
+def test_an_option_that_makes_no_sense_is_one_sentence_before_anything_is_written(tmp_path, capsys, options, sentence):
+    assert_refused(convnet(tmp_path, *options.split()), capsys, f'ex3_convnet: error: {sentence}')
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_too_many_blocks_are_refused_before_data_is_loaded(tmp_path, capsys):
-    assert main(['--hidden-size', *'444444', '--results', str(tmp_path)]) == 2
-    assert 'one to five blocks' in capsys.readouterr().err and list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize('edit, message', [
+@pytest.mark.parametrize('row, words', [
     (dict(optimizer='AdamW'), "optimizer must be 'Adam' or 'SGD' or 'Muon', got 'AdamW'"),
-    (dict(num_epochs=2.5), 'num_epochs must be a whole number, got 2.5'), (dict(flip='yes'), 'flip must be a number'),
-    (dict(seeds=0), 'seeds must be whole numbers, such as (1, 2), got 0'), (dict(dropout=True), 'got True'),
+    (dict(patience=2.5), 'patience must be a whole number or None, got 2.5'), (dict(dropout=True), 'got True'),
     (dict(hidden_size=(4, True)), 'got (4, True)'), (dict(whiten=1), 'whiten must be True or False, got 1'),
-    (dict(data_root=3), 'data_root must be a path, got 3'), (dict(norm='BN'), 'did you mean norm_layer'),
-    (dict(device='cpu'), 'device, which is not')])
-def test_a_row_that_makes_no_sense_is_named(tmp_path, monkeypatch, capsys, edit, message):
-    monkeypatch.setitem(QUESTIONS, 'Q1', Question('?', {'ConvNet': edit}))
-    assert main([*TINY, '--results', str(tmp_path)]) == 2
-    errors = capsys.readouterr().err
-    assert message in errors and errors.count('\n') == 1 and list(tmp_path.iterdir()) == []
-
-
-def test_a_list_is_as_good_as_a_tuple(monkeypatch):
-    monkeypatch.setitem(QUESTIONS, 'mine', Question('mine?', {'small': dict(hidden_size=[4, 4])}))
-    assert read('--experiment', 'mine')['small'].hidden_size == (4, 4)
-
-
-def test_runs_that_would_share_a_folder_are_refused(monkeypatch):
-    monkeypatch.setitem(QUESTIONS, 'Q1', Question('?', {'a + b': {}, 'A+B': dict(norm_layer='BN')}))
-    with pytest.raises(ValueError, match=r'a\+b'):
-        read()
-
-
-def test_help_names_every_constant(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(['--help'])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and all(f'--{key.replace("_", "-")}' in text for key in Config.__annotations__)
+    (dict(norm='BN'), 'did you mean norm_layer'), (dict(device='cpu'), 'device, which is not'),
+    (dict(dropout=1), 'dropout must be between'), (dict(), 'share the folder a+b')])
+def test_a_row_that_makes_no_sense_is_named(tmp_path, monkeypatch, capsys, row, words):
+    rows = {'a + b': {}, 'other' if row else 'A+B': row}
+    monkeypatch.setitem(ex3_convnet.QUESTIONS, 'Q1', Question('?', rows))
+    assert_refused(convnet(tmp_path), capsys, words)
+    assert list(tmp_path.iterdir()) == []

@@ -3,27 +3,22 @@
     pytest tests/test_kill.py -s --kills 100
 """
 import functools
-import multiprocessing
 import os
 import random
-import sys
-import threading
 import time
 from collections import Counter
-from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import pytest
-from tiny import TINY, TINY_NET, assert_same_outcome
-from tqdm import tqdm
+from tiny import assert_same_outcome, start, train_in_child, unix
 
 import ex3_convnet
 import training
 from datasets import cifar10
 from lab import checkpoint, errors, experiment, files, progress, run
 
-OPTIONS = [*TINY, *TINY_NET, '--experiment', 'Q2b', '--seeds', '0', '--ema-decay', '0.5', '--dropout', '0.1']
+OPTIONS = ['--experiment', 'Q2b', '--seeds', '0', '--ema-decay', '0.5', '--dropout', '0.1']
 EPOCHS = 6  # two runs of three
 
 # What a training is doing, as far as a kill is concerned: the calls that the child announces.
@@ -41,14 +36,11 @@ ANNOUNCED = {
 
 
 def train(folder: Path, announcements: Connection) -> None:
-    """The child: a whole experiment, with a checkpoint after every epoch."""
-    checkpoint.SECONDS_BETWEEN_SAVES = checkpoint.TIMES_AS_LONG = 0
-    tqdm.set_lock(threading.RLock())  # its own lock is a system resource that a killed process leaves behind
+    """The child: a whole experiment."""
     for phase, calls in ANNOUNCED.items():
         for owner, name in calls:
             setattr(owner, name, announcing(getattr(owner, name), functools.partial(announcements.send, phase)))
-    with open(f'{folder}.log', 'a', buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
-        sys.exit(ex3_convnet.main([*OPTIONS, '--results', str(folder)]))
+    train_in_child(folder, Path(f'{folder}.log'), *OPTIONS)
 
 
 def announcing(function, announce):
@@ -60,11 +52,8 @@ def announcing(function, announce):
 
 def run_and_kill(folder: Path, phase: str, number: int, delay: float) -> tuple[Counter, bool]:
     """Train; kill `delay` seconds after the phase began for the `number`th time -> (phases begun, was it killed?)."""
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['ex3_convnet'])  # torch is imported once, not for every child
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=train, args=(folder, sender))
-    child.start()
+    receiver, sender = Pipe(duplex=False)
+    child = start(train, folder, sender)
     sender.close()
     begun = Counter(['starting'])
     try:
@@ -79,7 +68,7 @@ def run_and_kill(folder: Path, phase: str, number: int, delay: float) -> tuple[C
     return begun, child.exitcode != 0
 
 
-@pytest.mark.skipif(os.name == 'nt', reason='Windows has no SIGKILL and no forkserver')
+@unix
 def test_a_training_killed_at_any_moment_ends_like_one_never_interrupted(tmp_path, request):
     begun, _ = run_and_kill(tmp_path / 'whole', 'never', number=1, delay=0)
     rng = random.Random(0)

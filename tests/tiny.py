@@ -2,13 +2,24 @@
 import csv
 import itertools
 import json
+import multiprocessing
+import os
+import sys
+import threading
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+from tqdm import tqdm
 
 import ex3_convnet
 import ex3_pretrained
+from datasets import shapes
+from lab import checkpoint
+from lab.files import read_csv
+from lab.results import Result
 
 TINY = ['--data', 'shapes', '--num-training', '200', '--num-validation', '40', '--batch-size', '20',
         '--num-epochs', '3', '--device', 'cpu', '--precision', 'fp32']
@@ -49,8 +60,17 @@ def assert_same_outcome(folder: Path, reference: Path) -> None:
 RUN = Path('ex3_convnet/Q1/ConvNet/seed0')
 
 
+def results_of(folder: Path) -> list[Result]:
+    """The rows of an experiment's table."""
+    return read_csv(Result, folder / 'summary.csv')
+
+
 def convnet(results: Path, *options: object) -> int:
     return ex3_convnet.main([*TINY, *TINY_NET, '--results', str(results), *map(str, options)])
+
+
+def pretrained(results: Path, *options: object) -> int:
+    return ex3_pretrained.main([*TINY, '--layer-config', '512', '4', '--results', str(results), *map(str, options)])
 
 
 def at_call(patch, owner, name, number, action):
@@ -72,10 +92,6 @@ def assert_refused(status, capsys, *words):
     assert [word for word in words if str(word) not in errors] == [], errors
 
 
-def pretrained(results: Path, *options: object) -> int:
-    return ex3_pretrained.main([*TINY, '--layer-config', '512', '4', '--results', str(results), *map(str, options)])
-
-
 def make_images(root: Path) -> Path:
     """An image folder of two classes: six training images and two test images each, as JPEG."""
     rng = np.random.default_rng(0)
@@ -84,3 +100,27 @@ def make_images(root: Path) -> Path:
         for i in range(6 if 'train' in name else 2):
             Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(root / name / f'{i}.jpg')
     return root
+
+
+# --- in a process of its own, which can be killed -----------------------------------------------------------
+
+unix = pytest.mark.skipif(os.name == 'nt', reason='Windows has no SIGKILL and no forkserver')
+
+
+def start(target, *arguments: object) -> multiprocessing.Process:
+    """A process that calls `target`."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['ex3_convnet'])  # torch is imported once, not for every child
+    child = context.Process(target=target, args=arguments)
+    child.start()
+    return child
+
+
+def train_in_child(results: Path, log: Path, *options: str) -> None:
+    """Called in the child: an experiment of few images, with a checkpoint after every epoch."""
+    checkpoint.SECONDS_BETWEEN_SAVES = checkpoint.TIMES_AS_LONG = 0
+    tqdm.set_lock(threading.RLock())  # its own lock is a system resource that a killed process leaves behind
+    make_shapes = shapes.make_shapes
+    shapes.make_shapes = lambda n, seed: make_shapes(n // 8, seed)
+    with open(log, 'a', buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+        sys.exit(convnet(results, *options))
