@@ -97,7 +97,9 @@ def main(argv: Sequence[str] = ()) -> int:
     name, rows = read_constants('ex3_pretrained', Config(), QUESTIONS, argv, RANGES)
     known_by = {}
     for run, config in rows.items():  # refuse what cannot be built before anything is trained
-        VggModel(config.num_classes, fine_tune=True, pretrained=False, layer_config=config.layer_config)
+        from_file = config.mode != 'scratch' and config.weights != 'imagenet'
+        VggModel(config.num_classes, fine_tune=True, pretrained=from_file, layer_config=config.layer_config,
+                 weights=config.weights)
         known_by[run] = dict(weights='' if config.mode == 'scratch' else fingerprint(config.weights))
     weights = ' / '.join(dict.fromkeys('ImageNet' if config.weights == 'imagenet' else Path(config.weights).stem
                                        for config in rows.values()))

@@ -25,8 +25,8 @@ class ConvNet(nn.Module):
                  norm_layer: Literal['BN'] | None = None, dropout: float = 0.0):
         super().__init__()
         if not 1 <= len(hidden_layers) <= 5:
-            raise ValueError(f'hidden_layers must name one to five blocks, since each halves the 32x32 image, '
-                             f'got {len(hidden_layers)}')
+            raise ValueError(f'hidden_layers (the constant hidden_size) must name one to five blocks, since each '
+                             f'halves the 32x32 image, got {len(hidden_layers)}')
         if norm_layer not in (None, 'BN'):
             raise ValueError(f"norm_layer must be None or 'BN', got {norm_layer!r}")
         blocks = []

@@ -42,6 +42,14 @@ def cheap():
         yield
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that would be saved, to look into."""
+    figures = []
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, file, **_: figures.append(figure) or file.write(b'a picture'))
+    return figures
+
+
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory, cheap):
     """The results of an experiment that met no fault."""

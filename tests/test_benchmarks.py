@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 import ex3_convnet
@@ -24,14 +23,6 @@ from models.convnet import ConvNet
 
 PUBLISHED = json.loads((Path(speed.__file__).parent / 'results' / 'AMD-EPYC-2-threads.json').read_text())
 CPU = torch.device('cpu')
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that would be saved, to look into."""
-    figures = []
-    monkeypatch.setattr(Figure, 'savefig', lambda figure, file, **_: figures.append(figure) or file.write(b'a picture'))
-    return figures
 
 
 def load(steps=1, data=None):

@@ -1,4 +1,4 @@
-"""Plots and pictures, asked for what they draw, and the size of a network."""
+"""Plots and pictures, asked for what they draw."""
 import math
 import warnings
 
@@ -6,7 +6,6 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torch import nn
 
@@ -14,21 +13,13 @@ from lab.figure import Title, new_figure, own_style, save_figure
 from lab.history import Epoch, History
 from lab.pictures import plot_confusion, plot_gallery, plot_mistakes
 from lab.plots import Accuracy, plot_accuracies, plot_against, plot_best_and_latest, plot_curves, plot_strengths
-from utils import PrintModelSize, VisualizeFilter
+from utils import VisualizeFilter
 
 
 def history(val_accuracy, val_loss=(1.0,) * 99, train_loss=(0.5,) * 99):
     """As `fit` returns it; the training accuracy is 90 % throughout."""
     rows = enumerate(zip(train_loss, val_loss, val_accuracy, strict=False), 1)
     return History([Epoch(i, 0.1, train, 0.9, val, accuracy, 1.0, 1.0) for i, (train, val, accuracy) in rows])
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that would be saved, to look into."""
-    figures = []
-    monkeypatch.setattr(Figure, 'savefig', lambda figure, file, **_: figures.append(figure) or file.write(b'a picture'))
-    return figures
 
 
 def lines(panel):
@@ -289,16 +280,6 @@ def assert_shows(image, weight, scale, columns):
         row, column = divmod(number, columns)
         found = image[1 + 4 * row:4 + 4 * row, 1 + 4 * column:4 + 4 * column]
         np.testing.assert_allclose(found, weight[number].permute(1, 2, 0) / (2 * scale) + 0.5, atol=1e-5)
-
-
-def test_size_counts_every_parameter_once_and_says_which_train(capsys):
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
-    model[0].requires_grad_(False)
-    assert PrintModelSize(model) == 112 + 8 + 10
-    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert printed == [['0', 'Conv2d', '112'], ['1', 'BatchNorm2d', '8'], ['2', 'Linear', '10'],
-                       ['trainable', '18'], ['total', '130']]
-    assert PrintModelSize(model, disp=False) == 130 and not capsys.readouterr().out
 
 
 def test_filters_before_and_after_share_a_scale_and_the_change_has_its_own(tmp_path, drawn):

@@ -38,8 +38,12 @@ def summary_of(results, name='Q4b'):
 
 @pytest.mark.parametrize('wrong', [
     ['--mode', 'half'], ['--batch-size', '1'], ['--num-training', '1'], ['--layer-config', '100', '10'],
-    ['--experiment', 'Q1'], ['--mode', 'scratch', '--experiment', 'Q4b'], ['--weights', '/no/such/file']], ids=str)
-def test_constants_that_make_no_sense_are_one_sentence_and_status_2(tmp_path, weights, wrong, capsys):
+    ['--experiment', 'Q1'], ['--mode', 'scratch', '--experiment', 'Q4b'], ['--weights', '/no/such/file'],
+    ['--weights', 'damaged']], ids=str)
+def test_what_makes_no_sense_is_one_sentence_and_status_2_and_leaves_no_trace(tmp_path, weights, wrong, capsys,
+                                                                              monkeypatch):
+    (tmp_path / 'damaged').write_bytes(weights.read_bytes()[:-30])
+    monkeypatch.chdir(tmp_path)
     assert_refused(pretrained(tmp_path / 'results', '--weights', weights, *wrong), capsys)
     assert not (tmp_path / 'results').exists()
 
