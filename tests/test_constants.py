@@ -78,7 +78,7 @@ def test_all_numbers_at_the_ends_of_their_ranges_train_or_diverge(tmp_path, chea
     ('--optimizer AdamW', "--optimizer must be 'Adam' or 'SGD' or 'Muon', got 'AdamW'"),
     ('--seeds', 'seeds must be between 0 and 2,147,483,648, got ()'),
     ('--experiment Q9', 'experiment must be one of Q1, Q2a, '),
-    ('--hidden-size 4 4 4 4 4 4', 'must name one to five blocks')])
+    ('--hidden-size 4 4 4 4 4 4', 'hidden_layers (the constant hidden_size) must name one to five blocks')])
 def test_an_option_that_makes_no_sense_is_one_sentence_before_anything_is_written(tmp_path, capsys, options, sentence):
     assert_refused(convnet(tmp_path, *options.split()), capsys, f'ex3_convnet: error: {sentence}')
     assert list(tmp_path.iterdir()) == []
