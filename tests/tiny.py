@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import ex3_convnet
@@ -100,6 +102,16 @@ def make_images(root: Path) -> Path:
         for i in range(6 if 'train' in name else 2):
             Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(root / name / f'{i}.jpg')
     return root
+
+
+class OnMeta(TorchDispatchMode):
+    """What is computed stays on the device 'meta', whose tensors have no values: to read one is an error."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            assert not isinstance(tensor, torch.Tensor) or tensor.device.type == 'meta', function
+        return result
 
 
 # --- in a process of its own, which can be killed -----------------------------------------------------------
