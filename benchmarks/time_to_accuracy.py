@@ -43,7 +43,6 @@ class Options:
     data: str = 'auto'  # as in the scripts
     recipes: tuple[str, ...] = ('fast', 'Q1')  # questions of ex3_convnet.py, of which the first run is trained
     speed: Path | None = None  # a JSON file of training_speed.py, for the usual script; None: that of this device
-    seed: int = 0  # of the one run of each recipe
     num_epochs: int | None = None  # for a quick look; None: as the recipe has it
     device: str = 'auto'
     precision: Literal['auto', 'fp32', 'bf16'] = 'auto'
@@ -73,9 +72,8 @@ def main(argv: Sequence[str] = ()) -> int:
         precision = recorded[0] if recorded else pick_precision('auto', device)[0]
     curves: dict[str, Curve] = {}
     for recipe, config in configs.items():
-        history = train(Run(recipe, options.seed, replace(config, precision=precision), data, data.source,
-                            folder / slug(recipe) / f'seed{options.seed}', device,
-                            Progress(f'{recipe}, on the test images'), set()))
+        history = train(Run(recipe, 0, replace(config, precision=precision), data, data.source,
+                            folder / slug(recipe) / 'seed0', device, Progress(f'{recipe}, on the test images'), set()))
         accuracies = [100 * accuracy for accuracy in history['val_accuracy']]
         curves[f'this project, {recipe}'] = list(zip(cumulated(history['seconds']), accuracies, strict=True))
         if recipe == 'Q1':
