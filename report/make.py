@@ -6,8 +6,9 @@
 
 The same command continues what was interrupted, and runs that the scripts have finished are not repeated. What stands
 in README.md between `<!-- Q1: CONSTANTS -->` and `<!-- end -->` is replaced by what part Q1 gave with these constants
-(none: at full scale), but full scale never by a reduced one; summaries and pictures are kept beside it. The text around
-it stays as it is: it speaks of the runs that were published, and is yours to rewrite.
+(none: at full scale), but full scale never by a reduced one; tables and pictures are kept beside it. The text around
+it stays as it is: it speaks of the runs that were published, and is yours to rewrite. Q1.csv has the results of part Q1
+with all digits, Q1-epochs.csv its curves.
 """
 import re
 import shlex
@@ -25,8 +26,10 @@ import tyro
 
 import ex3_convnet
 import ex3_pretrained
+from lab.constants import slug
 from lab.errors import ends_in_a_sentence
-from lab.files import read_csv, write_atomically
+from lab.files import read_csv, to_csv, write_atomically
+from lab.history import Epoch, History
 from lab.progress import duration
 from lab.results import Result, markdown_table, summary_table
 
@@ -47,7 +50,7 @@ SEEN = ('curves', 'mistakes', 'confusion')
 PARTS = {  # in the order in which they run
     'fast': Part(ex3_convnet, 'fast', SEEN, seeds=(0, 1, 2)),
     'Q1': Part(ex3_convnet, 'Q1', (*SEEN, 'filters')),
-    'Q2a': Part(ex3_convnet, 'Q2a', SEEN),
+    'Q2a': Part(ex3_convnet, 'Q2a', ('curves',)),
     'Q4a': Part(ex3_pretrained, 'Q4a', ('curves',)),
     'Q4b': Part(ex3_pretrained, 'Q4b', ('curves', 'accuracy', 'filters', 'mistakes', 'confusion')),
     'best': Part(ex3_convnet, 'best', SEEN),
@@ -58,6 +61,13 @@ PARTS = {  # in the order in which they run
     'Q2b': Part(ex3_convnet, 'Q2b', ('curves', 'best_and_latest'), 'hidden_size=64,256,256,256,256'),
     'Q4-best': Part(ex3_pretrained, 'best', ('curves',), 'num_epochs=3'),
 }
+
+
+@dataclass
+class RunEpoch(Epoch):
+    """A row of Q1-epochs.csv: an epoch of history.csv, and whose it is."""
+    run: str
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -119,12 +129,15 @@ def run(part: Part, options: Options, constants: str, seeds: Sequence[int]) -> i
 
 
 def collect(name: str, options: Options) -> None:
-    """Copy the summary and pictures that a part has just written beside the report."""
+    """Copy the summary, epochs and pictures that a part has just written beside the report."""
     part, target = PARTS[name], options.report.parent
     summaries = [path for path in (options.results / part.script.__name__).glob('*/summary.csv')
                  if re.fullmatch(rf'{part.experiment}(-[0-9]+)?', path.parent.name)]
     newest = max(summaries, key=lambda path: path.stat().st_mtime).parent  # other constants have other folders
     shutil.copyfile(newest / 'summary.csv', target / f'{name}.csv')
+    epochs = [RunEpoch(**vars(epoch), run=result.run, seed=result.seed) for result in read(name, target) if result.epochs
+              for epoch in History.read(newest / slug(result.run) / f'seed{result.seed}' / 'history.csv').epochs]
+    write_atomically(target / f'{name}-epochs.csv', to_csv(RunEpoch, epochs))
     for picture in part.pictures:
         made, published = newest / f'{picture}.png', target / f'{name}-{picture}.png'
         if made.exists():

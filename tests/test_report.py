@@ -52,11 +52,16 @@ def test_a_report_shows_finished_runs_keeps_the_words_adds_seeds_and_never_repla
     assert '**Reduced scale**: built-in shapes (not CIFAR-10), 60 training, 20 validation, 60 test images.' in text
     assert f'**reduced**: {TINY}' in text and '| ConvNet |     1 |' in text
     assert re.findall(r'!\[.*\]\((.*)\)', text) == ['Q1-curves.png', 'Q1-filters.png']
-    assert {file.name for file in path.parent.iterdir()} == {'README.md', 'Q1.csv', 'Q1-curves.png', 'Q1-filters.png'}
+    assert {file.name for file in path.parent.iterdir()} == {'README.md', 'Q1.csv', 'Q1-epochs.csv', 'Q1-curves.png',
+                                                             'Q1-filters.png'}
 
     assert main([*argv, '--seeds', '0', '1']) == 0
     text = path.read_text(encoding='utf-8')
     assert trained == [0, 1] and '--seeds 0 1\n' in text and '±' in text
+    epochs = read_csv(make.RunEpoch, path.parent / 'Q1-epochs.csv')
+    assert [(epoch.run, epoch.seed, epoch.epoch) for epoch in epochs] == [('ConvNet', 0, 1), ('ConvNet', 1, 1)]
+    assert epochs[1].val_accuracy == read_csv(Result, path.parent / 'Q1.csv')[1].best_val_accuracy
+    assert epochs[0].train_loss != epochs[1].train_loss
 
     full = fill(text, path.parent, {'Q1': ''})
     path.write_text(full, encoding='utf-8')
