@@ -57,7 +57,8 @@ def table(record: dict) -> str:
                 f'30 epochs and the features are {duration(once + 30 * epoch[PROJECT])}, 30 epochs of the usual '
                 f'script {duration(30 * epoch[USUAL])}.')
     ceiling = {key: spread([value / 1e9 for case in record['cases'].values() for value in case['ceiling'][key]], ',.0f')
-               for key in ('fp32', 'bf16', 'copy')}
+               for key in case['ceiling']}
+    in_bf16 = f' and {ceiling["bf16"]} in bf16' if 'bf16' in ceiling else ''
     return '\n'.join([
         markdown_table(speeds), '', markdown_table(limits), '',
         f'Median (smallest–largest) of {record["repetitions"]} repetitions of {record["steps"]} steps of '
@@ -65,8 +66,8 @@ def table(record: dict) -> str:
         f'images.', '',
         f'- {record["device"]}; torch {record["torch"]}, torchvision {record["torchvision"]}; {record["source"]}; '
         f'the project in {record["precision"]} ({record["reason"]}).',
-        f'- Ceiling: a matrix product does {ceiling["fp32"]} GFLOP/s in {record["fp32"]} and {ceiling["bf16"]} in '
-        f'bf16; a copy moves {ceiling["copy"]} GB/s.', *notes])
+        f'- Ceiling: a matrix product does {ceiling["fp32"]} GFLOP/s in {record["fp32"]}{in_bf16}; a copy moves '
+        f'{ceiling["copy"]} GB/s.', *notes])
 
 
 @own_style()

@@ -125,18 +125,19 @@ def seconds_per_call(function: Callable, device: torch.device, at_least: float =
     return seconds / calls
 
 
-def measure_ceiling(device: torch.device) -> dict[str, float]:
-    """What the machine does at best: a large matrix product, FLOP/s in 'fp32' and 'bf16'; a large 'copy', bytes/s.
+def measure_ceiling(device: torch.device, precision: str) -> dict[str, float]:
+    """What the machine does at best: a large matrix product, FLOP/s in 'fp32' and `precision`; a large 'copy', bytes/s.
 
-    On CUDA the fp32 product may round its inputs to TF32, as PyTorch's convolutions do by default.
+    No other precision: where bf16 is emulated, one such product takes minutes. On CUDA the fp32 product may round its inputs to TF32, as PyTorch's convolutions do by default.
     """
     side = MATRIX_SIDE.get(device.type, MATRIX_SIDE['cpu'])
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('high')
     ceiling = {}
-    for precision, dtype in (('fp32', torch.float32), ('bf16', torch.bfloat16)):
+    for name in dict.fromkeys(['fp32', precision]):
+        dtype = {'fp32': torch.float32, 'bf16': torch.bfloat16}[name]
         matrix = torch.randn(side, side, device=device, dtype=dtype)
-        ceiling[precision] = 2 * side ** 3 / seconds_per_call(lambda m=matrix: m @ m, device)
+        ceiling[name] = 2 * side ** 3 / seconds_per_call(lambda m=matrix: m @ m, device)
     torch.set_float32_matmul_precision(before)
     source = torch.ones(COPY_LENGTH, device=device)
     target = torch.empty_like(source)
@@ -192,7 +193,7 @@ def measure(name: str, options: Options, data: cifar10.Data, device: torch.devic
     workers, ways[WITH_WORKERS] = fastest_workers(lambda count: usual(case.script, config, data, device, count))
     speeds, ceilings = {way: [] for way in WAYS}, []
     for _ in range(options.repetitions):
-        ceilings.append(measure_ceiling(device))
+        ceilings.append(measure_ceiling(device, precision))
         for way in WAYS:
             speeds[way].append(ways[way].run())
     if device.type == 'cpu' and options.memory and STATUS.exists():

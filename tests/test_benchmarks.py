@@ -129,7 +129,7 @@ def test_memory_is_the_growth_of_the_peak_while_a_way_is_made_and_trains_twice(t
 
 def test_a_tiny_run_prints_a_table_and_writes_numbers_and_a_plot(tmp_path, monkeypatch, capsys, cheap, drawn, weights):
     monkeypatch.setattr(speed, 'WORKERS', (1,))
-    monkeypatch.setattr(speed, 'measure_ceiling', lambda _: dict(fp32=1e9, bf16=1e9, copy=1e9))
+    monkeypatch.setattr(speed, 'measure_ceiling', lambda *_: dict(fp32=1e9, copy=1e9))
     narrow = speed.Case(ex3_convnet, dict(norm_layer='BN', hidden_size=(8, 8)))
     monkeypatch.setitem(speed.CASES, 'ConvNet, batch norm', narrow)
     cases = ['ConvNet, batch norm', 'VGG11_bn, frozen']
@@ -147,6 +147,7 @@ def test_a_tiny_run_prints_a_table_and_writes_numbers_and_a_plot(tmp_path, monke
     assert speed.main(['--table', str(path)]) == 0
     table = capsys.readouterr().out.strip()
     assert printed.startswith(table) and str(path) in printed and all(f'| {name} ' in table for name in cases)
+    assert ' GFLOP/s in fp32; a copy' in table  # of no other precision
     assert len(load(steps=3, data='shapes').train) == 12  # as many images as the steps take
     assert speed.main(['--cases', 'ResNet']) == 2
     assert "'ResNet'" in capsys.readouterr().err
@@ -195,10 +196,11 @@ def test_the_ceiling_counts_two_operations_per_multiply_add_and_bytes_read_and_w
     monkeypatch.setattr(speed, 'MATRIX_SIDE', {'cpu': 64})
     monkeypatch.setattr(speed, 'COPY_LENGTH', 1000)
     monkeypatch.setattr(speed, 'seconds_per_call', lambda call, _: products.append(call()) or 2.0)
-    assert speed.measure_ceiling(CPU) == {'fp32': 64 ** 3, 'bf16': 64 ** 3, 'copy': 4000}
+    assert speed.measure_ceiling(CPU, 'bf16') == {'fp32': 64 ** 3, 'bf16': 64 ** 3, 'copy': 4000}
     assert [(tuple(one.shape), one.dtype) for one in products] == [
         ((64, 64), torch.float32), ((64, 64), torch.bfloat16), ((1000,), torch.float32)]
     assert torch.get_float32_matmul_precision() == 'highest'  # as before
+    assert speed.measure_ceiling(CPU, 'fp32').keys() == {'fp32', 'copy'}  # emulated bf16 would take minutes
 
 
 def test_every_way_warms_up_before_it_is_measured_and_ways_take_turns(monkeypatch, tmp_path):
@@ -208,7 +210,7 @@ def test_every_way_warms_up_before_it_is_measured_and_ways_take_turns(monkeypatc
     monkeypatch.setattr(speed, 'usual', lambda *_: way('usual'))
     monkeypatch.setattr(speed, 'project', lambda *_: way('project'))
     monkeypatch.setattr(speed, 'fastest_workers', lambda _: (2, way('workers')))
-    monkeypatch.setattr(speed, 'measure_ceiling', lambda _: dict(fp32=1.0, bf16=2.0, copy=3.0))
+    monkeypatch.setattr(speed, 'measure_ceiling', lambda *_: dict(fp32=1.0, bf16=2.0, copy=3.0))
     monkeypatch.setattr(speed, 'STATUS', tmp_path)
     monkeypatch.setattr(speed, 'ProcessPoolExecutor', lambda *_: nullcontext(SimpleNamespace(
         submit=lambda growth, name, way, *_: SimpleNamespace(result=lambda: f'peak of {way}'))))
