@@ -51,7 +51,7 @@ PARTS = {  # in the order in which they run
     'fast': Part(ex3_convnet, 'fast', SEEN, seeds=(0, 1, 2)),
     'Q1': Part(ex3_convnet, 'Q1', (*SEEN, 'filters')),
     'Q2a': Part(ex3_convnet, 'Q2a', ('curves',)),
-    'Q4a': Part(ex3_pretrained, 'Q4a', ('curves',)),
+    'Q4a': Part(ex3_pretrained, 'Q4a', ('curves',), seeds=(0, 1, 2)),
     'Q4b': Part(ex3_pretrained, 'Q4b', ('curves', 'accuracy', 'filters', 'mistakes', 'confusion')),
     'best': Part(ex3_convnet, 'best', SEEN),
     'Q3a': Part(ex3_convnet, 'Q3a', ('accuracy', 'gallery'), QUARTER),
