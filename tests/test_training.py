@@ -204,7 +204,8 @@ def test_best_and_last_hold_the_weights_of_their_epochs_and_are_evaluated_as_wha
         expected[f'{which}_{part}_accuracy'] = share_right(logits[which, part], split.labels)
     assert found == expected and list(found.values())[:3] != list(found.values())[3:]
     kept = load(tmp_path / 'test_logits.pt')
-    torch.testing.assert_close(kept['logits'], logits['best', 'test'], rtol=1e-4, atol=1e-5)
+    largest = logits['best', 'test'].abs().max().item()  # other batches are rounded otherwise, on some CPUs by more
+    torch.testing.assert_close(kept['logits'], logits['best', 'test'], rtol=0, atol=1e-4 * largest)
     assert torch.equal(kept['labels'], TEST.labels)
 
 
