@@ -28,7 +28,7 @@ fetch() {  # one try, resuming; an HTTP error returns 22 or 8, but 33 if it is t
             return $((code == 416 ? 33 : $?))
     elif command -v wget > /dev/null; then
         wget --no-verbose ${bar:+--show-progress} --continue --output-document=$archive --tries=1 \
-            --timeout=5 --read-timeout=30 "$url"
+            --timeout=5 --read-timeout=30 --no-http-keep-alive "$url"  # else a redirect by HTTP/1.0 may fail
     else
         fail "curl or wget is needed: install one, or put $archive into $PWD yourself and run this again."
     fi
