@@ -128,8 +128,8 @@ def seconds_per_call(function: Callable, device: torch.device, at_least: float =
 def measure_ceiling(device: torch.device, precision: str) -> dict[str, float]:
     """What the machine does at best: a large matrix product, FLOP/s in 'fp32' and `precision`; a large 'copy', bytes/s.
 
-    No other precision: where bf16 is emulated, one such product takes minutes. On CUDA the fp32 product may round its
-    inputs to TF32, as PyTorch's convolutions do by default.
+    No other precision: emulated bf16 would take longer than all the rest. On CUDA the fp32 product may round its inputs
+    to TF32, as PyTorch's convolutions do by default.
     """
     side = MATRIX_SIDE.get(device.type, MATRIX_SIDE['cpu'])
     before = torch.get_float32_matmul_precision()

@@ -202,7 +202,7 @@ def test_the_ceiling_counts_two_operations_per_multiply_add_and_bytes_read_and_w
     assert [(tuple(one.shape), one.dtype) for one in products] == [
         ((64, 64), torch.float32), ((64, 64), torch.bfloat16), ((1000,), torch.float32)]
     assert torch.get_float32_matmul_precision() == 'highest'  # as before
-    assert speed.measure_ceiling(CPU, 'fp32').keys() == {'fp32', 'copy'}  # emulated bf16 would take minutes
+    assert speed.measure_ceiling(CPU, 'fp32').keys() == {'fp32', 'copy'}  # emulated bf16 takes too long
 
 
 def test_every_way_warms_up_before_it_is_measured_and_ways_take_turns(monkeypatch, tmp_path):
