@@ -91,17 +91,25 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
             return name, 'as asked, but this GPU is older than Ampere and only emulates it: fp32 is much faster'
         if name == 'fp32' and ampere and torch.backends.cudnn.allow_tf32:
             return name, 'as asked; convolutions round their inputs to TF32'
-    if name != 'auto':
+    if name == 'fp32' or name == 'bf16' and device.type != 'cpu':
         return name, 'as asked'
     if device.type != 'cpu':
         return 'fp32', f'bf16 is untested on {device.type}'
+    is_better, finding = _judge_bf16()
+    if name == 'bf16':
+        return name, 'as asked' if is_better else f'as asked, but {finding}'
+    return ('bf16' if is_better else 'fp32'), finding
+
+
+def _judge_bf16() -> tuple[bool, str]:
+    """(whether bf16 is right and clearly faster on this CPU, what was found, for people)."""
     try:
         error, faster = _try_bf16()
     except Exception as failure:  # each way of not having bf16 raises something else
-        return 'fp32', f'bf16 does not work on this CPU: {first_sentence(failure)}'
+        return False, f'bf16 does not work on this CPU: {first_sentence(failure)}'
     if not error <= 0.05:  # NaN is an error, too
-        return 'fp32', f'bf16 is wrong by {error:.0%} on this CPU'
-    return ('bf16' if faster > 1.25 else 'fp32'), f'bf16 runs at {faster:.1f} times the speed of fp32 on this CPU'
+        return False, f'bf16 is wrong by {error:.0%} on this CPU'
+    return faster > 1.25, f'bf16 runs at {faster:.1f} times the speed of fp32 on this CPU'
 
 
 def _try_bf16() -> tuple[float, float]:

@@ -81,7 +81,8 @@ def test_on_a_cpu_bf16_is_chosen_only_where_it_is_right_and_faster(monkeypatch, 
     monkeypatch.setattr(device_module, '_try_bf16', lambda: (error, faster))
     precision, reason = pick_precision('auto', CPU)
     assert precision == expected and (f'{faster} times' in reason or 'wrong' in reason)
-    assert pick_precision('bf16', CPU) == ('bf16', 'as asked')
+    assert pick_precision('bf16', CPU) == ('bf16', 'as asked' if expected == 'bf16' else f'as asked, but {reason}')
+    assert pick_precision('fp32', CPU) == ('fp32', 'as asked')
     assert pick_precision('auto', torch.device('mps'))[0] == 'fp32'
 
 
