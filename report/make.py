@@ -135,7 +135,8 @@ def collect(name: str, options: Options) -> None:
                  if re.fullmatch(rf'{part.experiment}(-[0-9]+)?', path.parent.name)]
     newest = max(summaries, key=lambda path: path.stat().st_mtime).parent  # other constants have other folders
     shutil.copyfile(newest / 'summary.csv', target / f'{name}.csv')
-    epochs = [RunEpoch(**vars(epoch), run=result.run, seed=result.seed) for result in read(name, target) if result.epochs
+    epochs = [RunEpoch(**vars(epoch), run=result.run, seed=result.seed)
+              for result in read(name, target) if result.epochs
               for epoch in History.read(newest / slug(result.run) / f'seed{result.seed}' / 'history.csv').epochs]
     write_atomically(target / f'{name}-epochs.csv', to_csv(RunEpoch, epochs))
     for picture in part.pictures:
