@@ -5,8 +5,8 @@
 
 Each recipe is trained once, with the test images in place of the validation images: they choose nothing, the recipes
 are fixed. The same command continues what was interrupted. The usual script is not trained: it has the assignment's
-constants, as Q1 has, so its accuracies are those of Q1; its minutes follow from its speed, which training_speed.py
-has measured.
+constants, as Q1 has, so its accuracies are those of Q1, and its minutes are those of Q1 times the ratio of their
+speeds, which training_speed.py has measured.
 """
 import json
 import sys
@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 import tyro
 
 import ex3_convnet
+from benchmarks.tables import PROJECT, USUAL, ratios
 from datasets import cifar10
 from lab.constants import slug
 from lab.device import describe_device, pick_device, pick_precision
@@ -56,7 +57,6 @@ def main(argv: Sequence[str] = ()) -> int:
     if unknown := [name for name in options.recipes if name not in ex3_convnet.QUESTIONS]:
         raise ValueError(f'recipes must be of {", ".join(ex3_convnet.QUESTIONS)}; got {unknown[0]!r}')
     device = pick_device(options.device)
-    speed = usual_speed(options.speed or Path(__file__).parent / 'results' / f'{slug(describe_device(device))}.json')
     constants = ex3_convnet.Config()
     data = cifar10.load(options.data, constants.data_root, constants.num_training, constants.num_validation).to(device)
     data = replace(data, val=data.test)  # what is evaluated after each epoch
@@ -70,33 +70,41 @@ def main(argv: Sequence[str] = ()) -> int:
     if precision == 'auto':  # as it was begun, else the faster one
         recorded = recorded_precision(folder, options.recipes[0], iter(()))
         precision = recorded[0] if recorded else pick_precision('auto', device)[0]
+    speed = options.speed or Path(__file__).parent / 'results' / f'{slug(describe_device(device))}.json'
+    ratio = usual_ratio(speed, precision)
     curves: dict[str, Curve] = {}
     for recipe, config in configs.items():
         history = train(Run(recipe, 0, replace(config, precision=precision), data, data.source,
                             folder / slug(recipe) / 'seed0', device, Progress(f'{recipe}, on the test images'), set()))
         accuracies = [100 * accuracy for accuracy in history['val_accuracy']]
-        curves[f'this project, {recipe}'] = list(zip(cumulated(history['seconds']), accuracies, strict=True))
+        minutes = cumulated(history['seconds'])
+        curves[f'this project, {recipe}'] = list(zip(minutes, accuracies, strict=True))
         if recipe == 'Q1':
-            seconds = [epoch.seconds * epoch.images_per_second / speed for epoch in history.epochs]
-            curves['usual script'] = list(zip(cumulated(seconds), accuracies, strict=True))
+            curves['usual script'] = list(zip([ratio * m for m in minutes], accuracies, strict=True))
     title = Title('How many minutes until the test images are recognised?',
                   f'{data.source}: {len(data.train):,} training, {len(data.test):,} test images, one seed; '
                   f'{describe_device(device)}, {precision}', f'num_epochs={options.num_epochs}' if given else '')
-    note = (f'The usual script was not trained: its accuracies are those of Q1, its minutes are what as many images '
-            f'take at {speed:,.0f} images/s, its speed in fp32.') if 'usual script' in curves else ''
+    note = (f'The usual script was not trained: its accuracies are those of Q1, its minutes {ratio:.2f} times those of '
+            f'Q1, the ratio of their speeds.') if 'usual script' in curves else ''
     print(f'{" · ".join(filter(None, title))}\n\n{table(curves)}\n\n{note}')
     write_atomically(folder / 'curves.json', json.dumps({'title': title, 'note': note, 'curves': curves}, indent=1))
     print(f'\n{folder / "curves.json"}\n{plot(curves, folder / "time_to_accuracy.png", title)}')
     return 0
 
 
-def usual_speed(path: Path) -> float:
-    """Images per second of the usual script, as training_speed.py has written them. Raises ValueError without them."""
+def usual_ratio(path: Path, precision: str) -> float:
+    """How many times as fast as the usual script Q1 trains, as training_speed.py has measured. Raises ValueError."""
+    advice = 'run benchmarks/training_speed.py on this machine, or name its JSON file with --speed'
     try:
-        return median(json.loads(path.read_text())['cases']['ConvNet']['ways']['usual script']['images_per_second'])
+        record = json.loads(path.read_text())
+        speeds = [record['cases']['ConvNet']['ways'][way]['images_per_second'] for way in (PROJECT, USUAL)]
+        measured_in, ratio = record['precision'], median(ratios(*speeds))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} does not hold the speed of the usual script ({type(error).__name__}): run '
-                         f'benchmarks/training_speed.py on this machine, or name its JSON file with --speed') from error
+        raise ValueError(f'{path} does not hold the speed of the usual script ({type(error).__name__}): '
+                         f'{advice}') from error
+    if measured_in != precision:  # on another processor of the same name, say
+        raise ValueError(f'{path} was measured in {measured_in}, not in {precision}: {advice}')
+    return ratio
 
 
 def train(run: Run) -> History:

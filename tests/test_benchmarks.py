@@ -236,15 +236,15 @@ def test_minutes_are_those_at_the_end_of_the_first_epoch_that_reaches_a_level():
     assert cells == ['fast', '4', '4', '8', '–', '84.0 % after 10']
 
 
-def test_recipes_are_timed_on_test_images_and_the_usual_script_by_its_own_speed(
+def test_recipes_are_timed_on_test_images_and_the_usual_script_by_the_ratio_of_speeds(
         tmp_path, monkeypatch, capsys, cheap, drawn):
     for name in ('fast', 'Q1'):
         (row,) = ex3_convnet.QUESTIONS[name].rows.values()
         tiny = Question('?', {name: row | {'hidden_size': (4, 4), 'num_epochs': 2}})
         monkeypatch.setitem(ex3_convnet.QUESTIONS, name, tiny)
     measured, out = tmp_path / 'speed.json', tmp_path / 'out'
-    way = {'usual script': {'images_per_second': [9, 10, 30]}}
-    measured.write_text(json.dumps({'cases': {'ConvNet': {'ways': way}}}))
+    ways = {'usual script': {'images_per_second': [10, 20, 10]}, 'this project': {'images_per_second': [20, 50, 40]}}
+    measured.write_text(json.dumps({'precision': 'fp32', 'cases': {'ConvNet': {'ways': ways}}}))
     evaluated, trained, fit = [], [], ex3_convnet.fit
     monkeypatch.setattr(ex3_convnet, 'fit', lambda *a, **k: evaluated.append(a[2].split.images) or trained.append(
         (k['num_epochs'], k['precision'], k['seed'])) or fit(*a, **k))
@@ -258,7 +258,7 @@ def test_recipes_are_timed_on_test_images_and_the_usual_script_by_its_own_speed(
 
     history = History.read(out / 'Q1' / 'seed0' / 'history.csv')
     accuracies = [100 * accuracy for accuracy in history['val_accuracy']]
-    minutes = [20 / 60, 40 / 60]  # 200 of the 240 training images an epoch, in whole batches, at 10 images/s
+    minutes = [2.5 * m for m in bench.cumulated(history['seconds'])]  # the median of 2, 2.5 and 4
     curves = {name: list(map(tuple, curve))
               for name, curve in json.loads((out / 'curves.json').read_text())['curves'].items()}
     assert list(curves) == ['this project, fast', 'this project, Q1', 'usual script']
@@ -267,12 +267,14 @@ def test_recipes_are_timed_on_test_images_and_the_usual_script_by_its_own_speed(
     lines = {line.get_label(): list(map(tuple, line.get_xydata())) for line in drawn[-1].axes[0].lines}
     assert curves == {name: lines[name] for name in curves}
     printed = capsys.readouterr().out
-    assert 'The usual script was not trained' in printed and 'at 10 images/s' in printed and 'one seed' in printed
+    assert 'The usual script was not trained' in printed and '2.50 times' in printed and 'one seed' in printed
     assert printed.count(', fp32') == 2 and ', bf16' not in printed
 
     other = ['--recipes', 'Q1', '--num-epochs', '1']  # constants: another folder
-    assert bench.main([*arguments, *other]) == 0
-    assert trained[2:] == [(1, 'bf16', 0)] and (tmp_path / 'out-2' / 'Q1' / 'seed0').exists()
+    assert bench.main([*arguments, *other]) == 2
+    assert 'was measured in fp32, not in bf16' in capsys.readouterr().err and len(trained) == 2
+    assert bench.main([*arguments, *other, '--precision', 'fp32']) == 0
+    assert trained[2:] == [(1, 'fp32', 0)] and (tmp_path / 'out-2' / 'Q1' / 'seed0').exists()
     assert 'num_epochs=1' in capsys.readouterr().out
 
 
