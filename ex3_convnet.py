@@ -100,7 +100,7 @@ FAST = dict(
     norm_layer='BN', num_epochs=8, batch_size=500, optimizer='Muon', learning_rate=0.15, reg=0, schedule='one-cycle',
     warmup=0.1, label_smoothing=0.1, whiten=True, freeze_at=0.3, normalisation='channels', flip=0.5, crop_padding=2,
     crop_border='reflect')
-BEST = FAST | dict(num_epochs=30, crop_padding=4, cutout=8)  # longer training needs stronger augmentation; try 100
+BEST = FAST | dict(num_epochs=30, crop_padding=4, cutout=8)  # more epochs, more augmentation; a GPU has time for 100
 QUESTIONS = {
     'Q1': Question('how well does the plain ConvNet classify, how large is it, what do its first filters look like?', {
         'ConvNet': {}}),

@@ -57,7 +57,7 @@ def table(record: dict) -> str:
                 f'30 epochs and the features are {duration(once + 30 * epoch[PROJECT])}, 30 epochs of the usual '
                 f'script {duration(30 * epoch[USUAL])}.')
     ceiling = {key: spread([value / 1e9 for case in record['cases'].values() for value in case['ceiling'][key]], ',.0f')
-               for key in case['ceiling']}
+               for key in dict.fromkeys(['fp32', record['precision'], 'copy'])}
     in_bf16 = f' and {ceiling["bf16"]} in bf16' if 'bf16' in ceiling else ''
     return '\n'.join([
         markdown_table(speeds), '', markdown_table(limits), '',

@@ -35,6 +35,7 @@ from lab.results import markdown_table
 from lab.run import Run
 
 LEVELS = (75, 80, 85, 88)  # percent of the test images
+ADVICE = 'run benchmarks/training_speed.py on this machine, or name its JSON file with --speed'
 Curve = Sequence[tuple[float, float]]  # for each epoch: minutes of training until its end, test accuracy in percent
 
 
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] = ()) -> int:
     if unknown := [name for name in options.recipes if name not in ex3_convnet.QUESTIONS]:
         raise ValueError(f'recipes must be of {", ".join(ex3_convnet.QUESTIONS)}; got {unknown[0]!r}')
     device = pick_device(options.device)
+    speed = options.speed or Path(__file__).parent / 'results' / f'{slug(describe_device(device))}.json'
+    ratio, measured_in = usual_ratio(speed)
     constants = ex3_convnet.Config()
     data = cifar10.load(options.data, constants.data_root, constants.num_training, constants.num_validation).to(device)
     data = replace(data, val=data.test)  # what is evaluated after each epoch
@@ -70,8 +73,8 @@ def main(argv: Sequence[str] = ()) -> int:
     if precision == 'auto':  # as it was begun, else the faster one
         recorded = recorded_precision(folder, options.recipes[0], iter(()))
         precision = recorded[0] if recorded else pick_precision('auto', device)[0]
-    speed = options.speed or Path(__file__).parent / 'results' / f'{slug(describe_device(device))}.json'
-    ratio = usual_ratio(speed, precision)
+    if precision != measured_in:  # on another processor of the same name, say
+        raise ValueError(f'{speed} was measured in {measured_in}, not in {precision}: {ADVICE}')
     curves: dict[str, Curve] = {}
     for recipe, config in configs.items():
         history = train(Run(recipe, 0, replace(config, precision=precision), data, data.source,
@@ -92,19 +95,18 @@ def main(argv: Sequence[str] = ()) -> int:
     return 0
 
 
-def usual_ratio(path: Path, precision: str) -> float:
-    """How many times as fast as the usual script Q1 trains, as training_speed.py has measured. Raises ValueError."""
-    advice = 'run benchmarks/training_speed.py on this machine, or name its JSON file with --speed'
+def usual_ratio(path: Path) -> tuple[float, str]:
+    """(How many times as fast as the usual script Q1 trains, in which precision), as training_speed.py has measured.
+
+    Raises ValueError for a file that does not say so.
+    """
     try:
         record = json.loads(path.read_text())
         speeds = [record['cases']['ConvNet']['ways'][way]['images_per_second'] for way in (PROJECT, USUAL)]
-        measured_in, ratio = record['precision'], median(ratios(*speeds))
+        return median(ratios(*speeds)), record['precision']
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path} does not hold the speed of the usual script ({type(error).__name__}): '
-                         f'{advice}') from error
-    if measured_in != precision:  # on another processor of the same name, say
-        raise ValueError(f'{path} was measured in {measured_in}, not in {precision}: {advice}')
-    return ratio
+                         f'{ADVICE}') from error
 
 
 def train(run: Run) -> History:

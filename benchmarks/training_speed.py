@@ -136,7 +136,7 @@ def measure_ceiling(device: torch.device, precision: str) -> dict[str, float]:
     torch.set_float32_matmul_precision('high')
     ceiling = {}
     for name in dict.fromkeys(['fp32', precision]):
-        dtype = {'fp32': torch.float32, 'bf16': torch.bfloat16}[name]
+        dtype = torch.bfloat16 if name == 'bf16' else torch.float32
         matrix = torch.randn(side, side, device=device, dtype=dtype)
         ceiling[name] = 2 * side ** 3 / seconds_per_call(lambda m=matrix: m @ m, device)
     torch.set_float32_matmul_precision(before)
