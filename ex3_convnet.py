@@ -4,6 +4,7 @@
 Edit the constants below, run `python ex3_convnet.py`, look at the plots whose paths it prints at the end.
 Every constant is also a command-line option: `python ex3_convnet.py --experiment Q2a --num-epochs 5`.
 """
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Config:
     batch_size: int = 200  # images per step
     learning_rate: float = 2e-3  # initial (decay) or peak (one-cycle)
     learning_rate_decay: float = 0.95  # per-epoch factor (decay)
-    reg: float = 0.001  # weight decay
+    reg: float = 0.001  # weight decay (Adam, SGD; Muon has none)
     optimizer: Literal['Adam', 'SGD', 'Muon'] = 'Adam'  # SGD has Nesterov momentum 0.9; Muon learns most per epoch
     schedule: Literal['decay', 'one-cycle'] = 'decay'  # one-cycle: up to learning_rate, then down to zero
     warmup: float = 0.2  # fraction of the epochs spent warming up (one-cycle)
@@ -235,7 +236,7 @@ def strengths(experiment: Experiment) -> Path:
     panels = {}
     for run in experiment.histories:
         name, _, strength = run.rpartition(' ')
-        if name:  # not 'none'
+        if name and re.fullmatch(r'[\d.]+', strength):  # not 'none'
             x, series = panels.setdefault(name.replace('_', ' '), ([], {'training': [], 'validation': []}))
             x.append(float(strength))
             for label, value in best_accuracies(experiment, run).items():

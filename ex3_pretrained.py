@@ -101,10 +101,10 @@ def main(argv: Sequence[str] = ()) -> int:
         VggModel(config.num_classes, fine_tune=True, pretrained=from_file, layer_config=config.layer_config,
                  weights=config.weights)
         known_by[run] = dict(weights='' if config.mode == 'scratch' else fingerprint(config.weights))
-    weights = ' / '.join(dict.fromkeys('ImageNet' if config.weights == 'imagenet' else Path(config.weights).stem
-                                       for config in rows.values()))
+    weights = {run: 'ImageNet' if config.weights == 'imagenet' else Path(config.weights).stem
+               for run, config in rows.items() if config.mode != 'scratch'}
     with Experiment('ex3_pretrained', name, QUESTIONS[name], rows, Config(), known_by=known_by,
-                    weights=f'{weights} weights') as experiment:
+                    weights=weights) as experiment:
         for run in experiment.runs():  # those that are not finished yet
             train(run)
         return experiment.conclude(PICTURES.get(name, [accuracies]))

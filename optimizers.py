@@ -12,7 +12,7 @@ QUINTIC = 3.4445, -4.7750, 2.0315  # steep at 0, near 1 up to 1 (K. Jordan, http
 
 
 def make_optimizer(name: str, model: nn.Module, learning_rate: float, reg: float = 0.0,
-                   scales: Mapping[str, float] | None = None, precision: str = 'bf16') -> Optimizer:
+                   scales: Mapping[str, float] | None = None, precision: str = 'fp32') -> Optimizer:
     """'Adam' or 'SGD' (Nesterov momentum 0.9) with weight decay `reg`, or 'Muon', which has none.
 
     scales: a factor on the learning rate of all parameters whose names start so: {'features.': 0.3}. Frozen

@@ -125,7 +125,7 @@ def evaluate_kept(model: nn.Module, history: History, folder: Path, evaluation: 
     """Evaluate the best and the latest model of a run on every set (Q2b): {'best_train_accuracy': 0.93, ...}.
 
     Keeps the best model's logits on the test images in test_logits.pt. A run that diverged has no latest model, and
-    without a whole epoch no best one. `model` ends up with the weights evaluated last.
+    without a whole epoch no best one. `model` ends up with the weights evaluated last. Raises DamagedFile.
     """
     accuracies = {}
     for which in ['best', 'last'][:0 if not history.epochs else 1 if history.diverged else 2]:

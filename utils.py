@@ -29,6 +29,7 @@ def VisualizeFilter(model: nn.Module, path: str | Path | None = None, *, before:
     from left to right. All filters share one scale, on which mid-grey is zero. change: `before` is the same network
     before training, so a third panel shows what training added, on a scale of its own. Saves a picture when given a
     path. Returns the filters as an image, (height, width, 3) floats in [0, 1]: one, or before | gap | after.
+    Raises ValueError where two networks' filters differ in number or size, and for change=True without `before`.
     """
     filters = [_first_filters(network) for network in ([model] if before is None else [before, model])]
     if change and (before is None or filters[0].shape != filters[1].shape):

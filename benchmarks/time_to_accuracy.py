@@ -26,6 +26,7 @@ from datasets import cifar10
 from lab.constants import slug
 from lab.device import describe_device, pick_device, pick_precision
 from lab.errors import ends_in_a_sentence
+from lab.experiment import introduce
 from lab.figure import COLOURS, Title, new_figure, own_style, save_figure
 from lab.files import write_atomically
 from lab.history import History
@@ -57,11 +58,14 @@ def main(argv: Sequence[str] = ()) -> int:
     options = tyro.cli(Options, args=list(argv), prog='benchmarks/time_to_accuracy.py')
     if unknown := [name for name in options.recipes if name not in ex3_convnet.QUESTIONS]:
         raise ValueError(f'recipes must be of {", ".join(ex3_convnet.QUESTIONS)}; got {unknown[0]!r}')
+    if options.num_epochs is not None and options.num_epochs < 1:
+        raise ValueError(f'num_epochs must be at least 1, got {options.num_epochs}')
     device = pick_device(options.device)
     speed = options.speed or Path(__file__).parent / 'results' / f'{slug(describe_device(device))}.json'
     ratio, measured_in = usual_ratio(speed)
     constants = ex3_convnet.Config()
     data = cifar10.load(options.data, constants.data_root, constants.num_training, constants.num_validation).to(device)
+    introduce(data, len(data.classes))
     data = replace(data, val=data.test)  # what is evaluated after each epoch
     given = {'num_epochs': options.num_epochs} if options.num_epochs else {}
     configs = {recipe: replace(constants, **next(iter(ex3_convnet.QUESTIONS[recipe].rows.values())) | given,

@@ -37,6 +37,7 @@ from datasets import cifar10
 from datasets.batches import Split
 from lab.constants import slug
 from lab.device import describe_device, pick_device, pick_precision
+from lab.errors import ends_in_a_sentence
 from lab.files import write_atomically
 from lab.progress import duration
 from optimizers import make_optimizer
@@ -157,7 +158,7 @@ def load_data(options: Options, steps: int) -> cifar10.Data:
         parts = {part: Split(torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator),
                                      torch.randint(10, (n,), generator=generator))
                  for part, n in (('train', count), ('val', others), ('test', others))}
-        return cifar10.Data('random', 'random images', tuple('0123456789'), **parts, content='random')
+        return cifar10.Data('random images', tuple('0123456789'), **parts, content='random')
     constants = ex3_convnet.Config()
     data = cifar10.load(options.data, constants.data_root, constants.num_training, constants.num_validation)
     return replace(data, train=data.train[:count], val=data.val[:others], test=data.test[:others])
@@ -237,22 +238,21 @@ def peak_resident_memory() -> int:
     return next(1024 * int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith('VmHWM'))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@ends_in_a_sentence
+def main(argv: Sequence[str] = ()) -> int:
     """Measure, print the table, write JSON and plot; returns the exit status."""
-    options = tyro.cli(Options, args=argv, prog='benchmarks/training_speed.py')
+    options = tyro.cli(Options, args=list(argv), prog='benchmarks/training_speed.py')
     if options.table:
         print(table(json.loads(options.table.read_text())))
         return 0
-    try:
-        if unknown := [name for name in options.cases if name not in CASES]:
-            raise ValueError(f'cases must be of {"; ".join(CASES)}; got {unknown[0]!r}')
-        device = pick_device(options.device)
-        precision, reason = pick_precision(options.precision, device)
-        steps = options.steps or STEPS.get(device.type, STEPS['cpu'])
-        data = load_data(options, steps)
-    except ValueError as error:
-        print(f'training_speed: error: {error}', file=sys.stderr)
-        return 2
+    if unknown := [name for name in options.cases if name not in CASES]:
+        raise ValueError(f'cases must be of {"; ".join(CASES)}; got {unknown[0]!r}')
+    if (least := min(options.repetitions, options.batch_size, options.steps or 1)) < 1:
+        raise ValueError(f'repetitions, steps and batch_size must be at least 1, got {least}')
+    device = pick_device(options.device)
+    precision, reason = pick_precision(options.precision, device)
+    steps = options.steps or STEPS.get(device.type, STEPS['cpu'])
+    data = load_data(options, steps)
     record = {'device': describe_device(device), 'torch': torch.__version__, 'torchvision': torchvision.__version__,
               'source': data.source, 'precision': precision, 'reason': reason,
               'fp32': 'fp32' if device.type == 'cpu' else 'fp32 (TF32 allowed)', 'batch_size': options.batch_size,
@@ -272,4 +272,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

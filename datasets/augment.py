@@ -4,7 +4,7 @@
     images = augment(images, generator)  # (B, 3, H, W) float32 in [0, 1] -> same; the input is not modified
 
 An augmentation is a small value. Printed, it shows its strengths; called, it draws the parameters of B images
-from `generator`, which lives on the images' device, and hands them to a function without randomness: `crop`,
+from `generator` (on the images' device; None: torch's own) and hands them to a function without randomness: `crop`,
 `affine`, `adjust_hue` ... These compute what torchvision's functional transforms compute for one image.
 
 Nothing here waits for the GPU or copies to it, and no shape depends on what was drawn, as CUDA graphs demand.
@@ -24,7 +24,7 @@ class Flip:
     """(B, 3, H, W) float in [0, 1] -> same, each image mirrored left to right with probability p."""
     p: float = 0.5
 
-    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+    def __call__(self, images: Tensor, generator: Generator | None) -> Tensor:
         return torch.where(_per_image(_chosen(self.p, images, generator)), images.flip(3), images)
 
 
@@ -38,7 +38,7 @@ class Crop:
     padding: int = 4
     mode: Literal['zeros', 'reflect'] = 'zeros'
 
-    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+    def __call__(self, images: Tensor, generator: Generator | None) -> Tensor:
         x = _randint(2 * self.padding + 1, images, generator)
         y = _randint(2 * self.padding + 1, images, generator)
         return crop(images, x, y, self.padding, self.mode)
@@ -64,7 +64,7 @@ class Affine:
     scale: float = 0.0
     shear: float = 0.0
 
-    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+    def __call__(self, images: Tensor, generator: Generator | None) -> Tensor:
         height, width = images.shape[2:]
         return affine(
             images,
@@ -107,7 +107,7 @@ class Cutout:
     """
     size: int = 8
 
-    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+    def __call__(self, images: Tensor, generator: Generator | None) -> Tensor:
         height, width = images.shape[2:]
         x, y = _randint(width, images, generator), _randint(height, images, generator)
         return cutout(images, x, y, self.size)
@@ -137,7 +137,7 @@ class ColorJitter:
     saturation: float = 0.0
     hue: float = 0.0
 
-    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+    def __call__(self, images: Tensor, generator: Generator | None) -> Tensor:
         for adjust, strength in ((adjust_brightness, self.brightness), (adjust_contrast, self.contrast),
                                  (adjust_saturation, self.saturation)):
             if strength:
@@ -184,7 +184,7 @@ class Greyscale:
     """(B, 3, H, W) float in [0, 1] -> same, each image without its colours with probability p."""
     p: float = 0.1
 
-    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+    def __call__(self, images: Tensor, generator: Generator | None) -> Tensor:
         return torch.where(_per_image(_chosen(self.p, images, generator)), greyscale(images), images)
 
 
@@ -197,15 +197,15 @@ def greyscale(images: Tensor) -> Tensor:
 # ---- one parameter for each image, (B,) on the images' device ----------------------------------------------
 
 
-def _uniform(low: float, high: float, images: Tensor, generator: Generator) -> Tensor:
+def _uniform(low: float, high: float, images: Tensor, generator: Generator | None) -> Tensor:
     return images.new_empty(len(images)).uniform_(low, high, generator=generator)
 
 
-def _randint(high: int, images: Tensor, generator: Generator) -> Tensor:
+def _randint(high: int, images: Tensor, generator: Generator | None) -> Tensor:
     return torch.randint(high, (len(images),), device=images.device, generator=generator)
 
 
-def _chosen(p: float, images: Tensor, generator: Generator) -> Tensor:
+def _chosen(p: float, images: Tensor, generator: Generator | None) -> Tensor:
     return torch.rand(len(images), device=images.device, generator=generator) < p
 
 

@@ -8,6 +8,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torchvision.datasets import CIFAR10
 
 from datasets import shapes
@@ -21,7 +22,6 @@ HERE = Path(__file__).resolve().parent  # where get_datasets.sh unpacks
 @dataclass(frozen=True, eq=False)
 class Data:
     """A data set, split."""
-    name: str  # the constant `data`, resolved: 'cifar10', 'shapes' or the absolute path of a folder
     source: str  # for titles and results
     classes: tuple[str, ...]
     train: Split
@@ -62,11 +62,11 @@ def load(data: str, data_root: Path, num_training: int, num_validation: int) -> 
                              f"test/<class>/*, but there is no folder {data}")
         for folder in (root, root / CIFAR10.base_folder):
             _refuse_cifar10_itself(folder)
-        name, source = str(root), root.name
+        source = root.name
         classes, pool, test, notes = load_folder(root)
     train, val = split(pool, num_training, num_validation)
     notes += _remarks(classes, pool, train, val)
-    return Data(name, source, tuple(classes), train, val, test, content_of(classes, pool, test), banner, tuple(notes))
+    return Data(source, tuple(classes), train, val, test, content_of(classes, pool, test), banner, tuple(notes))
 
 
 def split(pool: Split, num_training: int, num_validation: int) -> tuple[Split, Split]:
@@ -113,7 +113,8 @@ def _load_cifar10(root: Path) -> tuple[Sequence[str], Split, Split]:
     except RuntimeError:
         state = f'is damaged in {root}' if (root / CIFAR10.base_folder).exists() else f'is not in {root}'
         try:
-            with network_timeout():
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / 'cifar-10-download.lock'), network_timeout():  # once, for all processes
                 train = CIFAR10(root, train=True, download=True)
         except (OSError, RuntimeError, HTTPException) as error:
             remedy = 'run datasets/get_datasets.sh (a mirror may be faster: datasets/get_datasets.sh URL)'

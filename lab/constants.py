@@ -1,16 +1,17 @@
 """Constants, the rows of an experiment and the command line -> the checked constants of every run."""
 import difflib
 import io
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
-from typeguard import TypeCheckError, check_type
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 Config = TypeVar('Config', bound='Constants')
 
@@ -47,7 +48,7 @@ RANGES = {
 class Question:
     """What an experiment asks, and its runs: name -> the constants that differ from those at the top of the script."""
     text: str
-    rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    rows: Mapping[str, Mapping[str, Any]]
 
 
 def read_constants(script: str, constants: Config, questions: Mapping[str, Question],
@@ -59,7 +60,9 @@ def read_constants(script: str, constants: Config, questions: Mapping[str, Quest
     Raises ValueError for what makes no sense, SystemExit for --help.
     """
     def read(row: Mapping[str, Any]) -> Config:
-        return _parse(script, _typed(replace(constants, **row)), argv)
+        config = _parse(script, _typed(replace(constants, **row)), argv)
+        return replace(config, **{key: Path(os.path.expanduser(path)) for key, path in vars(config).items()
+                                  if isinstance(path, Path)})
 
     name = read({}).experiment
     if name not in questions:
@@ -133,7 +136,7 @@ def _typed(config: Config) -> Config:
                                 for key, value in vars(config).items()})
     for key, value in vars(config).items():
         try:
-            check_type(value, kinds[key])
+            check_type(value, kinds[key], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
             if kinds[key] is not bool and bool in map(type, value if isinstance(value, tuple) else [value]):
                 raise TypeCheckError('True and False are no numbers')
         except TypeCheckError:

@@ -45,17 +45,17 @@ class Experiment:
         return experiment.conclude(pictures)
 
     rows: run -> its constants, as `read_constants` gives them; constants: those at the top of the script;
-    known_by: run -> constants that are known by their content, such as the hash of a file; weights: their name, for
-    people; sooner: what else to try where training takes long. Several processes can share an experiment: a run is
-    locked while it trains, and each process takes the next one that nobody has. Raises ValueError for constants, data
-    or a device that cannot be had.
+    known_by: run -> constants that are known by their content, such as the hash of a file; weights: run -> the name of
+    those it starts from, for people; sooner: what else to try where training takes long. Several processes can share
+    an experiment: a run is locked while it trains, and each process takes the next one that nobody has. Raises
+    ValueError for constants, data or a device that cannot be had.
     """
 
     def __init__(self, script: str, name: str, question: Question, rows: Mapping[str, Constants],
-                 constants: Constants, *, known_by: Mapping[str, Mapping[str, Any]] | None = None, weights: str = '',
-                 sooner: str = ''):
+                 constants: Constants, *, known_by: Mapping[str, Mapping[str, Any]] | None = None,
+                 weights: Mapping[str, str] | None = None, sooner: str = ''):
         self.name, self.question, self.rows, self.constants = name, question, dict(rows), constants
-        self.weights, self.sooner = weights, sooner
+        self.weights, self.sooner = dict(weights or {}), sooner
         first = next(iter(rows.values()))
         print(f'{name}: {question.text}')
         for run, config in rows.items():
@@ -95,14 +95,16 @@ class Experiment:
             wanted = (config.data, config.data_root, config.num_training, config.num_validation)
             if wanted not in loaded:
                 loaded[wanted] = cifar10.load(*wanted).to(self.device)
-                introduce(loaded[wanted], self.source(loaded[wanted]), config.num_classes)
+                introduce(loaded[wanted], config.num_classes)
             data[run] = loaded[wanted]
             self.rows[run] = replace(config, num_classes=len(data[run].classes))
         return data
 
-    def source(self, data: Data) -> str:
-        """'CIFAR-10, ImageNet weights'."""
-        return ', '.join(filter(None, [data.source, self.weights]))
+    def source(self, *runs: str) -> str:
+        """What runs learn from: 'CIFAR-10, ImageNet weights'."""
+        data = ' / '.join(dict.fromkeys(self.data[run].source for run in runs))
+        weights = ' / '.join(dict.fromkeys(self.weights[run] for run in runs if run in self.weights))
+        return f'{data}, {weights} weights' if weights else data
 
     def _settle_precision(self) -> None:
         """What 'auto' means: as the run was begun, or is finished for another question, else the faster one here."""
@@ -114,7 +116,9 @@ class Experiment:
         for run, config in self.rows.items():
             if config.precision == 'auto' and first:
                 precision, path = recorded[run] or first
-                used.setdefault(precision, (precision, f'as in {path}'))
+                if precision not in used:
+                    reason = pick_precision(precision, self.device)[1]
+                    used[precision] = precision, reason.replace('as asked', f'as in {path}')
             else:
                 if config.precision not in used:
                     used[config.precision] = pick_precision(config.precision, self.device)
@@ -127,14 +131,13 @@ class Experiment:
     @property
     def title(self) -> Title:
         """The question, the data and their sizes, and what was changed, so that no reduced run looks like the full."""
-        sources = dict.fromkeys(self.source(data) for data in self.data.values())
         sizes = [' / '.join(dict.fromkeys(f'{len(getattr(data, part)):,}' for data in self.data.values()))
                  for part in ('train', 'val', 'test')]
         changed = dict.fromkeys(
             differences(config, replace(self.constants, **self.question.rows[run]), SHOWN_OTHERWISE)
             for run, config in self.rows.items())
         return Title(f'{self.name}: {self.question.text}',
-                     f'{" / ".join(sources)}: {sizes[0]} training, {sizes[1]} validation, {sizes[2]} test images',
+                     f'{self.source(*self.rows)}: {sizes[0]} training, {sizes[1]} validation, {sizes[2]} test images',
                      ' / '.join(filter(None, changed)))
 
     def title_of(self, result: Result) -> Title:
@@ -188,7 +191,8 @@ class Experiment:
                     if finished is None:
                         claim(folder, self.identities[name])
                         return run
-                print(f'{label}: already trained for {finished.parents[1].name}')
+                print(f'{label}: already trained for {finished.parents[1].name} (delete {finished}, too, to train it '
+                      f'again)')
                 skipped.add((name, seed))
             self.held.close()
         return None
@@ -215,7 +219,7 @@ class Experiment:
                     for row in later for key in ('mode', 'hidden_size'))  # else their epochs take another time
         progress = Progress(f'{name}, seed {seed}', self.title, sum(row.num_epochs for row in later) if alike else 0,
                             self.sooner)
-        return Run(name, seed, config, self.data[name], self.source(self.data[name]), self.run_folder(name, seed),
+        return Run(name, seed, config, self.data[name], self.source(name), self.run_folder(name, seed),
                    self.device, progress, self.sizes)
 
     # --- what there is afterwards ---------------------------------------------------------------------------
@@ -281,10 +285,10 @@ class Experiment:
         """The first result, of these runs or of all, that has a trained network."""
         return next(result for result in self.results if result.best_epoch and result.run in (runs or self.rows))
 
-    def load(self, model: nn.Module, result: Result, which: str = 'best') -> nn.Module:
-        """Load the best or the last weights of a run into `model`. Raises DamagedFile."""
-        with reading(self.run_folder(result.run, result.seed) / f'{which}.pt'):
-            model.load_state_dict(self.read_tensors(result, f'{which}.pt'))
+    def load(self, model: nn.Module, result: Result) -> nn.Module:
+        """Load the best weights of a run into `model`. Raises DamagedFile."""
+        with reading(self.run_folder(result.run, result.seed) / 'best.pt'):
+            model.load_state_dict(self.read_tensors(result, 'best.pt'))
         return model
 
     def read_tensors(self, result: Result, name: str) -> dict[str, torch.Tensor]:
@@ -294,9 +298,9 @@ class Experiment:
             return load_tensors(path, self.device)
 
 
-def introduce(data: Data, source: str, num_classes: int) -> None:
+def introduce(data: Data, num_classes: int) -> None:
     """Print what is trained on, and what a user must know about it."""
-    print(f'data: {source}, {len(data.classes)} classes; {len(data.train):,} training, {len(data.val):,} validation '
+    print(f'data: {data.source}, {len(data.classes)} classes; {len(data.train):,} training, {len(data.val):,} validation '
           f'and {len(data.test):,} test images')
     if data.banner:
         print(f'{"*" * 100}\n{data.banner}\n{"*" * 100}')

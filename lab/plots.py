@@ -246,7 +246,7 @@ def plot_strengths(panels: Mapping[str, tuple[Sequence[float], Mapping[str, Sequ
     lines = -(-len(panels) // columns) or 1
     figure = new_figure(max(6.5, 2.7 * columns), 2.7 * lines + 0.5, title)
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
-    for axes, (augmentation, (strengths, series)) in zip(grid, panels.items(), strict=False):
+    for (augmentation, (strengths, series)), axes in zip(panels.items(), grid, strict=False):
         for name, accuracy in level.items():
             axes.axhline(accuracy.mean, color=SETS.get(name, {}).get('color', INK), linestyle=':', linewidth=1.4,
                          label=f'{name}, without augmentation')

@@ -48,7 +48,7 @@ class Progress:
                 self.bar.update(size)
             elif losses.device.type == 'cuda' and step % STEPS_BETWEEN_EVENTS == 0:
                 events.append(torch.cuda.Event())
-                events[-1].record()
+                events[-1].record(torch.cuda.current_stream(losses.device))
                 if len(events) > 1:
                     events[-2].synchronize()
                     self.bar.set_postfix_str(f'epoch {epoch}/{self.num_epochs}', refresh=False)

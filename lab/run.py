@@ -58,15 +58,12 @@ class Run:
             self.result.status = 'diverged'
             self.result.reason = (f'in {history.diverged}, where the loss became NaN or infinite: lower learning_rate '
                                   f'({self.config.learning_rate:g}), or look at reg, optimizer and precision')
-        self.write()
+        write_atomically(self.folder / 'result.json', json.dumps(asdict(self.result), indent=1) + '\n')
+        (self.folder / 'checkpoint.pt').unlink(missing_ok=True)
 
     def not_run(self, reason: str) -> None:
         """Note that the run cannot be done here; nothing is written, so that it is tried again."""
         self.result = self._new_result(status='not run', reason=reason)
-
-    def write(self) -> None:
-        write_atomically(self.folder / 'result.json', json.dumps(asdict(self.result), indent=1) + '\n')
-        (self.folder / 'checkpoint.pt').unlink(missing_ok=True)
 
     def _new_result(self, **values: Any) -> Result:
         return Result(self.name, self.seed, data=self.source, training_images=len(self.data.train),

@@ -96,15 +96,17 @@ def main(argv: Sequence[str] = ()) -> int:
     statuses = [0]
     for seeds in [(), more] if more else [()]:  # the scripts' own first, so that all parts are there early
         for name in options.parts:
-            part, text = PARTS[name], options.report.read_text(encoding='utf-8')
+            part = PARTS[name]
             reduced = '' if is_full else part.reduced
-            if reduced and read(name, options.report.parent) and constants_in(text).get(name) == '':
+            published = constants_in(options.report.read_text(encoding='utf-8'))
+            if reduced and read(name, options.report.parent) and published.get(name) == '':
                 print(f'{name}: the report has it at full scale, skipped')
                 continue
             statuses.append(run(part, options, reduced, seeds or (() if is_full else part.seeds)))
             if statuses[-1] > 1:
                 return statuses[-1]
             collect(name, options)
+            text = options.report.read_text(encoding='utf-8')  # which may have been edited in the meantime
             write_atomically(options.report, fill(text, options.report.parent, {name: reduced}))
     return max(statuses)
 
@@ -190,8 +192,9 @@ def overview(constants: dict[str, str], folder: Path) -> str:
         if results := read(name, folder):
             seconds = sum(result.seconds for result in results)
             total += seconds
+            devices = ' / '.join(dict.fromkeys(f'{result.device}, {result.precision}' for result in results))
             rows.append([name, f'**reduced**: {constants[name]}' if constants[name] else 'full', str(len(results)),
-                         duration(seconds), f'{results[0].device}, {results[0].precision}'])
+                         duration(seconds), devices])
     return f'{markdown_table(rows)}\n\nTraining alone took {duration(total)}.'
 
 

@@ -35,7 +35,7 @@ def noise(count, seed):
                  torch.randint(0, 12, (count,), generator=generator))
 
 
-DATA = Data('noise', 'noise', tuple('abcdefghijkl'), noise(510, 0), noise(40, 1), noise(50, 2), content='of noise')
+DATA = Data('noise', tuple('abcdefghijkl'), noise(510, 0), noise(40, 1), noise(50, 2), content='of noise')
 
 
 def record(patch, script):

@@ -1,5 +1,6 @@
 """What each question of the ConvNet script asks to see shows what its networks do, each of which is evaluated here."""
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,14 @@ def test_accuracies_are_those_of_the_best_networks_and_stand_at_what_these_had(l
     (x, series, *_), options = ask(ex3_convnet, 'Q3b').drawn['plot_against']
     assert x == pytest.approx([p / 10 for p in range(10)]) and options['chance'] == pytest.approx(100 / 12)
     assert [accuracy.mean for accuracy in series[label]] == means('Q3b', label)
+
+
+def test_a_row_without_a_strength_is_left_out_of_the_picture_of_strengths(tmp_path, monkeypatch):
+    monkeypatch.setattr(ex3_convnet, 'plot_strengths', lambda panels, *_: panels)
+    experiment = SimpleNamespace(histories=dict.fromkeys(['none', 'crop_padding 2', 'flip + crop']), folder=tmp_path,
+                                 title='', accuracy=lambda run, which, part: (run, part))
+    assert ex3_convnet.strengths(experiment) == {'crop padding': ([2.0], {
+        'training': [('crop_padding 2', 'train')], 'validation': [('crop_padding 2', 'val')]})}
 
 
 def test_each_row_of_the_gallery_shows_versions_of_the_same_images_as_it_trains_on_them():

@@ -151,8 +151,10 @@ def test_a_tiny_run_prints_a_table_and_writes_numbers_and_a_plot(tmp_path, monke
     assert printed.startswith(table) and str(path) in printed and all(f'| {name} ' in table for name in cases)
     assert ' GFLOP/s in fp32; a copy' in table  # of no other precision
     assert len(load(steps=3, data='shapes').train) == 12  # as many images as the steps take
-    assert speed.main(['--cases', 'ResNet']) == 2
-    assert "'ResNet'" in capsys.readouterr().err
+    for wrong, words in ((['--cases', 'ResNet'], "'ResNet'"), (['--table', 'none.json'], 'none.json'),
+                         (['--repetitions', '0'], 'repetitions, steps and batch_size must be at least 1, got 0')):
+        assert speed.main(wrong) == 2
+        assert words in capsys.readouterr().err
 
 
 # --- the clock ----------------------------------------------------------------------------------------------
@@ -269,6 +271,7 @@ def test_recipes_are_timed_on_test_images_and_the_usual_script_by_the_ratio_of_s
     printed = capsys.readouterr().out
     assert 'The usual script was not trained' in printed and '2.50 times' in printed and 'one seed' in printed
     assert printed.count(', fp32') == 2 and ', bf16' not in printed
+    assert 'data: built-in shapes (not CIFAR-10), 10 classes' in printed
 
     other = ['--recipes', 'Q1', '--num-epochs', '1']  # constants: another folder
     assert bench.main([*arguments, *other]) == 2
@@ -279,7 +282,7 @@ def test_recipes_are_timed_on_test_images_and_the_usual_script_by_the_ratio_of_s
 
 
 @pytest.mark.parametrize('wrong, message', [
-    (['--recipes', 'faster'], "got 'faster'"), (['--speed', 'nowhere.json'], 'nowhere.json does not hold the speed')])
+    (['--recipes', 'faster'], "got 'faster'"), (['--num-epochs', '0'], 'at least 1, got 0'), (['--speed', 'nowhere.json'], 'nowhere.json does not hold the speed')])
 def test_what_is_not_there_is_one_sentence(wrong, message, capsys):
     assert bench.main(['--device', 'cpu', *wrong]) == 2
     assert message in capsys.readouterr().err

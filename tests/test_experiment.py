@@ -122,7 +122,7 @@ def test_a_run_that_another_question_trained_is_taken_over_and_named_as_here(run
     monkeypatch.setattr(training, 'train_epoch', None)  # whatever trains fails
     if not links:
         monkeypatch.setattr(os, 'link', lambda *_: os.stat('/no such file'))
-    assert 'first, seed 0: already trained for Q1' in run('--experiment', 'mine')
+    assert 'first, seed 0: already trained for Q1 (delete ' in run('--experiment', 'mine')
     source, target = (folder / name / 'seed0' for name in ('Q1/ConvNet', 'mine/first'))
     (mine,), (first,) = results_of(folder / 'mine'), results_of(folder / 'Q1')
     assert mine.run == 'first' and replace(mine, run=first.run) == first
@@ -174,6 +174,6 @@ def test_each_run_is_taken_over_and_continued_in_the_precision_that_it_has(run, 
     run('--precision', 'fp32', '--norm-layer', 'BN')
     for seed in (0, 1):
         out = run('--experiment', 'Q2a', '--precision', 'auto', '--seeds', seed)
-        assert [f'{name}, seed 0: already trained for {there}\n' in out
+        assert [f'{name}, seed 0: already trained for {there} (delete ' in out
                 for name, there in (('plain', 'Q1'), ('batch norm', 'Q1-2'))] == [seed == 0] * 2
     assert [result.precision for result in results_of(folder / 'Q2a')] == ['bf16', 'bf16', 'fp32', 'fp32']

@@ -210,8 +210,11 @@ def test_accuracies_against_strengths_and_p_are_on_one_scale_with_the_level_with
     levels = {label: points[0][1] for label, points in lines(jitter).items() if 'without' in label}
     assert levels == {'training, without augmentation': 98, 'validation, without augmentation': 78}
 
+    plot_strengths({f'augmentation {i}': ((0, 1), SERIES) for i in range(5)}, level, tmp_path / 's.png', 'Q3a')
+    assert [panel.get_visible() for panel in drawn[1].axes] == [True] * 5 + [False] * 3
+
     plot_against([0.0, 1.0], SERIES, tmp_path / 'd.png', 'Q3b', xlabel='dropout probability p', chance=10)
-    (panel,) = drawn[1].axes
+    (panel,) = drawn[2].axes
     assert bars(panel) == BARS
     assert lines(panel)['chance: 10%'] == [[0, 10], [1, 10]] and panel.get_ylim()[0] == 0
 

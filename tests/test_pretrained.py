@@ -152,6 +152,10 @@ def test_three_modes_train_exactly_what_they_should_and_a_frozen_run_continues_b
         assert all(torch.equal(frozen[key], tensor) for key, tensor in kept(tmp_path / 'parts', 'frozen', name).items())
     head, everything = 512 * 4 + 4 + 2 * 4 + 4 * 10 + 10, summary_of(tmp_path / 'whole')['scratch'].parameters
     assert [result.trainable for result in summary_of(tmp_path / 'whole').values()] == [head, everything, everything]
+    name = f'{weights.stem} weights'  # of which scratch makes no use
+    sources = [result.data.partition(', ')[2] for result in summary_of(tmp_path / 'whole').values()]
+    assert sources == [name, name, '']
+    assert f', {name}: ' in (tmp_path / 'whole/ex3_pretrained/Q4b/summary.md').read_text()
 
 
 # --- weights that cannot be had, or have moved --------------------------------------------------------------

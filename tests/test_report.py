@@ -40,12 +40,15 @@ def test_a_report_shows_finished_runs_keeps_the_words_adds_seeds_and_never_repla
         tiny, tmp_path, monkeypatch):
     argv, path = tiny
     results, trained, fit = tmp_path / 'results', [], training.fit
-    monkeypatch.setattr(ex3_convnet, 'fit', lambda *a, **k: trained.append(k['seed']) or fit(*a, **k))
+    monkeypatch.setattr(ex3_convnet, 'fit', lambda *a, **k: trained.append(k['seed']) or edit() or fit(*a, **k))
+
+    def edit():  # while it trains
+        path.write_text('New. ' + path.read_text(encoding='utf-8'), encoding='utf-8')
     assert fill(TEXT, path.parent).count('*Not run yet.*') == 1
     line = arguments(make.PARTS['Q1'], TINY, ())
     assert ex3_convnet.main([*line, '--data', 'shapes', '--results', str(results)]) == main(argv) == 0
     text = path.read_text(encoding='utf-8')
-    assert text.startswith('Words.\n\n<!-- overview:  -->') and text.endswith('<!-- end -->\n\nEnd.\n')
+    assert text.startswith('New. Words.\n\n<!-- overview:  -->') and text.endswith('<!-- end -->\n\nEnd.\n')
     assert 'old' not in text and f'<!-- Q1: {TINY} -->' in text and 'Q1 {}' in text
     assert ('    python ex3_convnet.py --experiment Q1 --num-training 60 --num-validation 20 --batch-size 20 '
             '--num-epochs 1 --hidden-size 4 4 4 4 4 --device cpu --precision fp32 --seeds 0\n') in text
@@ -57,7 +60,7 @@ def test_a_report_shows_finished_runs_keeps_the_words_adds_seeds_and_never_repla
 
     assert main([*argv, '--seeds', '0', '1']) == 0
     text = path.read_text(encoding='utf-8')
-    assert trained == [0, 1] and '--seeds 0 1\n' in text and '±' in text
+    assert trained == [0, 1] and '--seeds 0 1\n' in text and '±' in text and text.startswith('New. New. Words.')
     epochs = read_csv(make.RunEpoch, path.parent / 'Q1-epochs.csv')
     assert [(epoch.run, epoch.seed, epoch.epoch) for epoch in epochs] == [('ConvNet', 0, 1), ('ConvNet', 1, 1)]
     assert epochs[1].val_accuracy == read_csv(Result, path.parent / 'Q1.csv')[1].best_val_accuracy
