@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic against numbers worked out by hand, its two ways against each other, and a tiny run."""
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,8 @@ from lab.constants import Question
 from lab.history import Epoch, History
 from models.convnet import ConvNet
 
-PUBLISHED = sorted((Path(speed.__file__).parent / 'results').rglob('*.json'))
+RESULTS = Path(speed.__file__).parent / 'results'
+PUBLISHED = sorted(set(RESULTS.rglob('*.json')) - set(RESULTS.rglob('curves.json')))
 CPU = torch.device('cpu')
 
 
@@ -236,6 +238,14 @@ def test_minutes_are_those_at_the_end_of_the_first_epoch_that_reaches_a_level():
     assert bench.cumulated([60, 120, 30]) == [1, 3, 3.5]
     cells = [cell.strip() for cell in bench.table({'fast': curve}).splitlines()[2].strip('|').split('|')]
     assert cells == ['fast', '4', '4', '8', '–', '84.0 % after 10']
+
+
+@pytest.mark.parametrize('page', ['README.md', 'benchmarks/README.md'])
+def test_the_published_minutes_are_what_the_curves_give(page):
+    record = json.loads((RESULTS / 'time_to_accuracy' / 'curves.json').read_text())
+    text = (RESULTS.parents[1] / page).read_text(encoding='utf-8')
+    cells, shown = (re.sub(r'[\s|:-]+', ' ', words) for words in (bench.table(record['curves']), text))
+    assert cells in shown
 
 
 def test_recipes_are_timed_on_test_images_and_the_usual_script_by_the_ratio_of_speeds(
