@@ -114,7 +114,7 @@ def _load_cifar10(root: Path) -> tuple[Sequence[str], Split, Split]:
         state = f'is damaged in {root}' if (root / CIFAR10.base_folder).exists() else f'is not in {root}'
         try:
             root.mkdir(parents=True, exist_ok=True)
-            with FileLock(root / 'cifar-10-download.lock'), network_timeout():  # once, for all processes
+            with FileLock(root / 'cifar-10-download.lock'), network_timeout():  # the others find it downloaded
                 train = CIFAR10(root, train=True, download=True)
         except (OSError, RuntimeError, HTTPException) as error:
             remedy = 'run datasets/get_datasets.sh (a mirror may be faster: datasets/get_datasets.sh URL)'

@@ -300,8 +300,8 @@ class Experiment:
 
 def introduce(data: Data, num_classes: int) -> None:
     """Print what is trained on, and what a user must know about it."""
-    print(f'data: {data.source}, {len(data.classes)} classes; {len(data.train):,} training, {len(data.val):,} validation '
-          f'and {len(data.test):,} test images')
+    print(f'data: {data.source}, {len(data.classes)} classes; {len(data.train):,} training, {len(data.val):,} '
+          f'validation and {len(data.test):,} test images')
     if data.banner:
         print(f'{"*" * 100}\n{data.banner}\n{"*" * 100}')
     for note in data.notes:

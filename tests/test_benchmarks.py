@@ -292,7 +292,8 @@ def test_recipes_are_timed_on_test_images_and_the_usual_script_by_the_ratio_of_s
 
 
 @pytest.mark.parametrize('wrong, message', [
-    (['--recipes', 'faster'], "got 'faster'"), (['--num-epochs', '0'], 'at least 1, got 0'), (['--speed', 'nowhere.json'], 'nowhere.json does not hold the speed')])
+    (['--recipes', 'faster'], "got 'faster'"), (['--num-epochs', '0'], 'at least 1, got 0'),
+    (['--speed', 'nowhere.json'], 'nowhere.json does not hold the speed')])
 def test_what_is_not_there_is_one_sentence(wrong, message, capsys):
     assert bench.main(['--device', 'cpu', *wrong]) == 2
     assert message in capsys.readouterr().err

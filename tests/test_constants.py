@@ -89,7 +89,8 @@ def test_an_option_that_makes_no_sense_is_one_sentence_before_anything_is_writte
 @pytest.mark.parametrize('row, words', [
     (dict(optimizer='AdamW'), "optimizer must be 'Adam' or 'SGD' or 'Muon', got 'AdamW'"),
     (dict(patience=2.5), 'patience must be a whole number or None, got 2.5'), (dict(dropout=True), 'got True'),
-    (dict(hidden_size=(4, True)), 'got (4, True)'), (dict(hidden_size=(4, 2.0)), 'got (4, 2.0)'), (dict(whiten=1), 'whiten must be True or False, got 1'),
+    (dict(hidden_size=(4, True)), 'got (4, True)'), (dict(hidden_size=(4, 2.0)), 'got (4, 2.0)'),
+    (dict(whiten=1), 'whiten must be True or False, got 1'),
     (dict(norm='BN'), 'did you mean norm_layer'), (dict(device='cpu'), 'device, which is not'),
     (dict(dropout=1), 'dropout must be between'), (dict(), 'share the folder a+b')])
 def test_a_row_that_makes_no_sense_is_named(tmp_path, monkeypatch, capsys, row, words):
