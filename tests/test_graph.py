@@ -161,9 +161,10 @@ def bar_of(progress, device, monkeypatch):
 
     def event():
         number = next(numbers)
-        return SimpleNamespace(record=lambda: done.append(f'record {number}'),
+        return SimpleNamespace(record=lambda stream: done.append(f'record {number}, {stream}'),
                                synchronize=lambda: done.append(f'wait for {number}'))
     monkeypatch.setattr(torch.cuda, 'Event', event)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda on: on.type)  # of the run's GPU, not of the first one
     progress.start(2, 0, 65 * 7)
     progress.bar = SimpleNamespace(n=280, update=lambda images: done.append(f'bar {images}'),
                                    set_postfix_str=lambda text, refresh: done.append(text))
@@ -180,9 +181,9 @@ def bar_of(progress, device, monkeypatch):
 def test_on_a_gpu_the_bar_moves_every_twenty_steps_and_at_most_forty_are_queued(monkeypatch):
     done = bar_of(Progress('run'), 'cuda', monkeypatch)
     assert [entry for entry in done if not entry.startswith('batch')] == [
-        'record 1', 'record 2', 'wait for 1', 'epoch 1/2', 'bar 140', 'record 3', 'wait for 2', 'epoch 1/2', 'bar 140',
-        'epoch 1/2, loss 0.400, accuracy 60.0%', 'bar 175']
-    assert [done[done.index(f'record {n}') - 1] for n in (1, 2, 3)] == ['batch 20', 'batch 40', 'batch 60']
+        'record 1, cuda', 'record 2, cuda', 'wait for 1', 'epoch 1/2', 'bar 140',
+        'record 3, cuda', 'wait for 2', 'epoch 1/2', 'bar 140', 'epoch 1/2, loss 0.400, accuracy 60.0%', 'bar 175']
+    assert [done[done.index(f'record {n}, cuda') - 1] for n in (1, 2, 3)] == ['batch 20', 'batch 40', 'batch 60']
 
 
 def test_on_the_cpu_the_bar_moves_at_every_step_and_after_ten_the_time_to_come_is_told(monkeypatch, capsys):
