@@ -80,24 +80,24 @@ def keep_freed_memory() -> None:
 # --- precision ------------------------------------------------------------------------------------------------
 
 
-def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
-    """'auto', 'fp32' or 'bf16' -> ('fp32' or 'bf16', the reason, for people)."""
+def pick_precision(name: str, device: torch.device, why: str = 'as asked') -> tuple[str, str]:
+    """'auto', 'fp32' or 'bf16' -> ('fp32' or 'bf16', the reason, for people). why: one that is named is wanted."""
     if device.type == 'cuda':
         with torch.cuda.device(device):
             ampere = torch.cuda.is_bf16_supported(including_emulation=False)  # or newer
         if name == 'auto':
             return ('bf16', 'native on this GPU') if ampere else ('fp32', 'this GPU has no native bf16')
         if name == 'bf16' and not ampere:
-            return name, 'as asked, but this GPU is older than Ampere and only emulates it: fp32 is much faster'
+            return name, f'{why}, but this GPU is older than Ampere and only emulates it: fp32 is much faster'
         if name == 'fp32' and ampere and torch.backends.cudnn.allow_tf32:
-            return name, 'as asked; convolutions round their inputs to TF32'
+            return name, f'{why}; convolutions round their inputs to TF32'
     if name == 'fp32' or name == 'bf16' and device.type != 'cpu':
-        return name, 'as asked'
+        return name, why
     if device.type != 'cpu':
         return 'fp32', f'bf16 is untested on {device.type}'
     is_better, finding = _judge_bf16()
     if name == 'bf16':
-        return name, 'as asked' if is_better else f'as asked, but {finding}'
+        return name, why if is_better else f'{why}, but {finding}'
     return ('bf16' if is_better else 'fp32'), finding
 
 

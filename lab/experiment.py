@@ -117,8 +117,7 @@ class Experiment:
             if config.precision == 'auto' and first:
                 precision, path = recorded[run] or first
                 if precision not in used:
-                    reason = pick_precision(precision, self.device)[1]
-                    used[precision] = precision, reason.replace('as asked', f'as in {path}')
+                    used[precision] = pick_precision(precision, self.device, f'as in {path}')
             else:
                 if config.precision not in used:
                     used[config.precision] = pick_precision(config.precision, self.device)
