@@ -187,15 +187,15 @@ def block(name: str, constants: str, folder: Path) -> str:
 
 def overview(constants: dict[str, str], folder: Path) -> str:
     """A table of the parts: their scale, device and time."""
-    rows, total = [['part', 'scale', 'runs', 'training', 'on']], 0.0
+    rows, every = [['part', 'scale', 'runs', 'training', 'on']], set()
     for name in PARTS:
         if results := read(name, folder):
-            seconds = sum(result.seconds for result in results)
-            total += seconds
+            seconds = [result.seconds for result in results]
+            every |= {*seconds}  # a run that two parts share once: its seconds are the same to the last digit
             devices = ' / '.join(dict.fromkeys(f'{result.device}, {result.precision}' for result in results))
             rows.append([name, f'**reduced**: {constants[name]}' if constants[name] else 'full', str(len(results)),
-                         duration(seconds), devices])
-    return f'{markdown_table(rows)}\n\nTraining alone took {duration(total)}.'
+                         duration(sum(seconds)), devices])
+    return f'{markdown_table(rows)}\n\nTraining alone took {duration(sum(every))}.'
 
 
 def read(name: str, folder: Path) -> list[Result]:

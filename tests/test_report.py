@@ -111,7 +111,8 @@ def test_a_part_that_lacks_weights_does_not_stop_the_others_but_an_error_does(ti
 
 def test_full_scale_runs_the_scripts_own_seeds_then_three_and_the_times_add_up(tmp_path, monkeypatch):
     path, calls = tmp_path / 'README.md', []
-    path.write_text('<!-- overview: --><!-- end --><!-- Q4a: num_epochs=3 --><!-- end --><!-- Q1: --><!-- end -->')
+    blocks = ['overview: ', 'Q4a: num_epochs=3', 'Q1: ', 'Q2a: ']
+    path.write_text(''.join(f'<!-- {block} --><!-- end -->' for block in blocks))
     monkeypatch.setitem(PARTS, 'Q4a', PARTS['Q4a']._replace(seeds=(0, 1), reduced='num_epochs=3'))
     results = [Result('frozen', seed, data='D', training_images=1, validation_images=2, test_images=3, device='GPU',
                       precision='bf16', seconds=seconds) for seed, seconds in ((0, 100), (7, 3560))]
@@ -120,13 +121,15 @@ def test_full_scale_runs_the_scripts_own_seeds_then_three_and_the_times_add_up(t
     (folder / 'summary.csv').write_text(to_csv(Result, results))
     monkeypatch.setattr(ex3_pretrained, 'main', lambda argv: calls.append(argv) or 0)
     (tmp_path / 'Q1.csv').write_text(to_csv(Result, [Result('ConvNet', 0, seconds=7200)]))
+    (tmp_path / 'Q2a.csv').write_text(to_csv(Result, [Result('plain', 0, seconds=7200),  # the run of Q1
+                                                      Result('batch norm', 0, seconds=3600)]))
     rest = ['--data', 'D', '--weights', 'W', '--results', str(tmp_path)]
     assert main(['--parts', 'Q4a', *rest, '--report', str(path)]) == 0
     assert calls == [['--experiment', 'Q4a', *rest], ['--experiment', 'Q4a', '--seeds', '0', '1', '2', *rest]]
     text = path.read_text(encoding='utf-8')
     rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines() if line.startswith('|')]
     assert ['Q4a', 'full', '2', '1 h 01 min', 'GPU, bf16'] in rows and ['Q1', 'full', '1', '2 h 00 min', ','] in rows
-    assert 'Training alone took 3 h 01 min.' in text and '<!-- Q4a:  -->' in text
+    assert 'Training alone took 4 h 01 min.' in text and '<!-- Q4a:  -->' in text
     assert '--experiment Q4a --seeds 0 7\n' in text  # the seeds that there are
     assert 'Full scale: D, 1 training, 2 validation, 3 test images.' in text
 
