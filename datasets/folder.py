@@ -21,11 +21,15 @@ NOT_DECODED = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'}
 def load_folder(root: Path) -> tuple[tuple[str, ...], Split, Split, list[str]]:
     """-> classes, training images in one fixed random order, test images, and notes: what the user should know.
 
-    Raises ValueError if the folders do not fit, and one that names the images that cannot be read.
+    Raises ValueError if the folders do not fit or cannot be read, and one that names the images that cannot be read.
     """
     files, left_out = {}, []
     for part in ('train', 'test'):
-        files[part], others = _list_images(root / part)
+        try:
+            files[part], others = _list_images(root / part)
+        except OSError as error:  # a folder that may not be read
+            raise ValueError(f'{error.filename} cannot be read ({error.strerror}): allow it, or name another folder '
+                             f'with --data') from error
         left_out += others
     classes = tuple(files['train'])
     if classes != tuple(files['test']):
