@@ -117,7 +117,8 @@ QUESTIONS = {
         **{f'crop_padding {n}': Q3 | dict(crop_padding=n) for n in (2, 4, 8)},
         **{f'degrees {n}': Q3 | dict(degrees=n) for n in (5, 15, 30)},
         **{f'translate {x}': Q3 | dict(translate=x) for x in (0.05, 0.1, 0.2)},
-        **{f'jitter {x}': Q3 | dict(brightness=x, contrast=x, saturation=x, hue=x / 6) for x in (0.1, 0.3, 0.5)}}),
+        **{f'jitter {x}': Q3 | dict(brightness=x, contrast=x, saturation=x, hue=round(x / 6, 3))
+           for x in (0.1, 0.3, 0.5)}}),
     'Q3b': Question('which dropout probability between the blocks is right?', {
         f'p = {p / 10}': Q3 | dict(dropout=p / 10) for p in range(10)}),
     'fast': Question('how accurate is this very network after a few epochs?', {'fast': FAST}),

@@ -67,7 +67,8 @@ CONVNET = {
         'none': NORM30, **{f'crop_padding {n}': augmented(Crop(n)) for n in (2, 4, 8)},
         **{f'degrees {n}': augmented(Affine(degrees=n)) for n in (5, 15, 30)},
         **{f'translate {x}': augmented(Affine(translate=x)) for x in (0.05, 0.1, 0.2)},
-        **{f'jitter {x}': augmented(ColorJitter(x, x, x, x / 6)) for x in (0.1, 0.3, 0.5)}},
+        'jitter 0.1': augmented(ColorJitter(0.1, 0.1, 0.1, 0.017)), 'jitter 0.3': augmented(JITTER),
+        'jitter 0.5': augmented(ColorJitter(0.5, 0.5, 0.5, 0.083))},
     'Q3b': {f'p = {p / 10}': NORM30 | dict(dropout=[p / 10] * 4 if p else []) for p in range(10)},
     'fast': {'fast': FAST},
     'best': {'best': BEST},
@@ -106,6 +107,12 @@ def test_every_row_is_what_its_name_says(script, name, rows, decay, one_cycle):
         assert facts(run) == expected and rates(run, *epochs) == pytest.approx(curve, abs=1e-8), row
         head = [network.classifier for network in (run.network, runs[0].network)]
         assert script is ex3_convnet or torch.equal(head[0][0].weight, head[1][0].weight)  # the same start
+
+
+def test_what_the_strengths_share_with_the_augmentations_is_the_same_run():
+    rows, strengths = (ex3_convnet.QUESTIONS[name].rows for name in ('Q3a', 'Q3a-strength'))
+    for one, other in (('none', 'none'), ('crop', 'crop_padding 4'), ('colour jitter', 'jitter 0.3')):
+        assert rows[one] == strengths[other]
 
 
 def test_every_question_is_asked_here():
