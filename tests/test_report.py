@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import ex3_convnet
 import ex3_pretrained
@@ -15,7 +16,9 @@ import training
 from lab.constants import read_constants
 from lab.files import read_csv, to_csv
 from lab.results import Result
-from report import make
+from models.convnet import ConvNet
+from report import dropout_and_batch_norm, make
+from report.dropout_and_batch_norm import estimate_statistics
 from report.make import PARTS, Options, Part, arguments, constants_in, fill, main
 
 pytestmark = pytest.mark.usefixtures('cheap')
@@ -158,7 +161,30 @@ def test_the_published_report_has_all_parts_and_small_pictures_and_is_what_its_s
     assert all(path.stat().st_size < 150_000 for path in folder.glob('*.png'))
 
 
-@pytest.mark.parametrize('script', ['report/make.py', 'benchmarks/training_speed.py', 'benchmarks/time_to_accuracy.py'])
+def test_batch_norms_statistics_are_estimated_with_the_dropout_asked_for():
+    torch.manual_seed(0)
+    images, labels = torch.randn(200, 3, 32, 32), torch.zeros(200, dtype=torch.long)
+    model = ConvNet(3, [8, 8], 10, 'BN', dropout=0.5)
+    nn.init.normal_(model.classifier.weight)
+    estimate_statistics(model, [(images, labels)], 0.0)
+    without = model.eval()(images)
+    torch.testing.assert_close(without, model.train()(images), rtol=1e-2, atol=1e-2)  # the batch's own, no dropout
+    estimate_statistics(model, [(images, labels)], 0.5)
+    assert (model.eval()(images) - without).norm() > 0.1 * without.norm()
+
+
+def test_what_dropout_costs_through_batch_norm_is_a_table_of_the_runs_that_have_dropout(tmp_path, capsys):
+    options = [*arguments(Part(ex3_convnet, 'Q3b', ()), TINY, ()), '--data', 'shapes', '--results', str(tmp_path)]
+    assert dropout_and_batch_norm.main(options) == 0
+    rows = re.findall(r'\| p = (0.\d), seed 0 +\|(.*)\|', capsys.readouterr().out.rpartition('as trained')[2])
+    results = {result.run: result for result in read_csv(Result, tmp_path / 'ex3_convnet' / 'Q3b' / 'summary.csv')}
+    assert [p for p, _ in rows] == [f'0.{n}' for n in range(1, 10)]
+    for p, cells in rows:
+        assert cells.split('|')[0].strip() == f'{results[f"p = {p}"].best_test_accuracy:.1%}'
+
+
+@pytest.mark.parametrize('script', ['report/make.py', 'report/dropout_and_batch_norm.py',
+                                    'benchmarks/training_speed.py', 'benchmarks/time_to_accuracy.py'])
 def test_what_stands_in_a_folder_starts_as_a_script_of_its_own(script, tmp_path, monkeypatch, capsys):
     project = Path(make.__file__).parents[1]
     monkeypatch.chdir(tmp_path)
