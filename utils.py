@@ -32,8 +32,11 @@ def VisualizeFilter(model: nn.Module, path: str | Path | None = None, *, before:
     Raises ValueError where two networks' filters differ in number or size, and for change=True without `before`.
     """
     filters = [_first_filters(network) for network in ([model] if before is None else [before, model])]
-    if change and (before is None or filters[0].shape != filters[1].shape):
+    if change and before is None:
         raise ValueError('change=True needs the same network before training: pass it as `before`')
+    if filters[0].shape != filters[-1].shape:
+        raise ValueError(f'`before` needs filters of the same number and size: {tuple(filters[0].shape)} before, '
+                         f'{tuple(filters[-1].shape)} after')
     limit = max(f.abs().max().item() for f in filters) or 1.0
     if path is not None:
         titles = titles or ([''] if before is None else ['before training', 'after training'])

@@ -45,7 +45,10 @@ def test_filters_before_and_after_share_a_scale_and_the_change_has_its_own(tmp_p
     assert set(np.unique(image)) == {0.5, 1}
 
 
-@pytest.mark.parametrize('before', [None, convolution(torch.ones(2, 3, 3, 3))])
-def test_a_change_needs_the_same_network_before(before):
-    with pytest.raises(ValueError, match='same network before training'):
-        VisualizeFilter(convolution(torch.ones(5, 3, 3, 3)), before=before, change=True)
+@pytest.mark.parametrize('number, change, message', [
+    (None, True, 'same network before training'), (4, True, '4, 3, 3, 3.* before'), (4, False, '4, 3, 3, 3.* before')])
+def test_a_change_needs_a_network_before_and_two_networks_filters_of_one_shape(tmp_path, number, change, message):
+    before = None if number is None else convolution(torch.ones(number, 3, 3, 3))
+    with pytest.raises(ValueError, match=message):
+        VisualizeFilter(convolution(torch.ones(5, 3, 3, 3)), tmp_path / 'f.png', before=before, change=change)
+    assert not (tmp_path / 'f.png').exists()
