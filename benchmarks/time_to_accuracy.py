@@ -3,10 +3,10 @@
 
     python benchmarks/time_to_accuracy.py --data FOLDER
 
-Each recipe is trained once, with the test images in place of the validation images: they choose nothing, the recipes
-are fixed. The same command continues what was interrupted. The usual script is not trained: it has the assignment's
-constants, as Q1 has, so its accuracies are those of Q1, and its minutes are those of Q1 times the ratio of their
-speeds, which training_speed.py has measured.
+Each recipe is trained once, with the test images in place of the validation images: nothing is chosen by them, since
+the recipes are fixed. The same command continues what was interrupted. The usual script is not trained: it has the
+assignment's constants, as Q1 has, so its accuracies are those of Q1, and its minutes are those of Q1 times the ratio of
+their speeds, which training_speed.py has measured.
 """
 import json
 import sys
@@ -56,13 +56,14 @@ class Options:
 def main(argv: Sequence[str] = ()) -> int:
     """Train what is not finished, print the table, write JSON and a picture; returns the exit status."""
     options = tyro.cli(Options, args=list(argv), prog='benchmarks/time_to_accuracy.py')
-    if unknown := [name for name in options.recipes if name not in ex3_convnet.QUESTIONS]:
-        raise ValueError(f'recipes must be of {", ".join(ex3_convnet.QUESTIONS)}; got {unknown[0]!r}')
+    if not options.recipes or not {*options.recipes} <= {*ex3_convnet.QUESTIONS}:
+        raise ValueError(f'recipes must be of {", ".join(ex3_convnet.QUESTIONS)}; got '
+                         f'{", ".join(options.recipes) or "none"}')
     if options.num_epochs is not None and options.num_epochs < 1:
         raise ValueError(f'num_epochs must be at least 1, got {options.num_epochs}')
     device = pick_device(options.device)
     speed = options.speed or Path(__file__).parent / 'results' / f'{slug(describe_device(device))}.json'
-    ratio, measured_in = usual_ratio(speed)
+    ratio, measured_in = usual_ratio(speed) if 'Q1' in options.recipes else (None, None)
     constants = ex3_convnet.Config()
     data = cifar10.load(options.data, constants.data_root, constants.num_training, constants.num_validation).to(device)
     introduce(data, len(data.classes))
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] = ()) -> int:
     if precision == 'auto':  # as it was begun, else the faster one
         recorded = recorded_precision(folder, options.recipes[0], iter(()))
         precision = recorded[0] if recorded else pick_precision('auto', device)[0]
-    if precision != measured_in:  # on another processor of the same name, say
+    if measured_in and precision != measured_in:  # on another processor of the same name, say
         raise ValueError(f'{speed} was measured in {measured_in}, not in {precision}: {ADVICE}')
     curves: dict[str, Curve] = {}
     for recipe, config in configs.items():

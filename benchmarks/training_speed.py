@@ -243,21 +243,24 @@ def main(argv: Sequence[str] = ()) -> int:
     """Measure, print the table, write JSON and plot; returns the exit status."""
     options = tyro.cli(Options, args=list(argv), prog='benchmarks/training_speed.py')
     if options.table:
-        print(table(json.loads(options.table.read_text())))
+        try:
+            print(table(json.loads(options.table.read_text())))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{options.table} is not a JSON file that this script wrote') from error
         return 0
-    if unknown := [name for name in options.cases if name not in CASES]:
-        raise ValueError(f'cases must be of {"; ".join(CASES)}; got {unknown[0]!r}')
+    if not options.cases or not {*options.cases} <= {*CASES}:
+        raise ValueError(f'cases must be of {"; ".join(CASES)}; got {"; ".join(options.cases) or "none"}')
     if (least := min(options.repetitions, options.batch_size, options.steps or 1)) < 1:
         raise ValueError(f'repetitions, steps and batch_size must be at least 1, got {least}')
     device = pick_device(options.device)
     precision, reason = pick_precision(options.precision, device)
-    steps = options.steps or STEPS.get(device.type, STEPS['cpu'])
-    data = load_data(options, steps)
+    data = load_data(options, options.steps or STEPS.get(device.type, STEPS['cpu']))
+    batch_size = min(options.batch_size, len(data.train))  # of data with fewer images than were asked for
     record = {'device': describe_device(device), 'torch': torch.__version__, 'torchvision': torchvision.__version__,
               'source': data.source, 'precision': precision, 'reason': reason,
-              'fp32': 'fp32' if device.type == 'cpu' else 'fp32 (TF32 allowed)', 'batch_size': options.batch_size,
-              'steps': steps, 'repetitions': options.repetitions, 'epoch_images': ex3_convnet.Config().num_training,
-              'cases': {}}
+              'fp32': 'fp32' if device.type == 'cpu' else 'fp32 (TF32 allowed)', 'batch_size': batch_size,
+              'steps': len(data.train) // batch_size, 'repetitions': options.repetitions,
+              'epoch_images': ex3_convnet.Config().num_training, 'cases': {}}
     path = options.results / f'{slug(record["device"])}.json'
     with tempfile.TemporaryDirectory() as folder:
         for name in options.cases:

@@ -153,10 +153,23 @@ def test_a_tiny_run_prints_a_table_and_writes_numbers_and_a_plot(tmp_path, monke
     assert printed.startswith(table) and str(path) in printed and all(f'| {name} ' in table for name in cases)
     assert ' GFLOP/s in fp32; a copy' in table  # of no other precision
     assert len(load(steps=3, data='shapes').train) == 12  # as many images as the steps take
-    for wrong, words in ((['--cases', 'ResNet'], "'ResNet'"), (['--table', 'none.json'], 'none.json'),
+    other = str(RESULTS / 'time_to_accuracy' / 'curves.json')
+    for wrong, words in ((['--cases', 'ResNet'], 'got ResNet'), (['--cases'], 'got none'),
+                         (['--table', 'none.json'], 'none.json'), (['--table', other], 'is not a JSON file'),
                          (['--repetitions', '0'], 'repetitions, steps and batch_size must be at least 1, got 0')):
         assert speed.main(wrong) == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('batch_size, steps, images', [(50, 4, 50), (2000, 1, 240)])
+def test_what_is_written_are_the_steps_that_the_data_have_images_for(tmp_path, monkeypatch, batch_size, steps, images):
+    for name in ('measure', 'table', 'plot'):
+        monkeypatch.setattr(speed, name, lambda *_: '')
+    assert speed.main(['--data', 'shapes', '--steps', '245', '--batch-size', str(batch_size), '--device', 'cpu',
+                       '--precision', 'fp32', '--results', str(tmp_path)]) == 0
+    path, = tmp_path.glob('*.json')
+    record = json.loads(path.read_text())
+    assert (record['steps'], record['batch_size']) == (steps, images)
 
 
 # --- the clock ----------------------------------------------------------------------------------------------
@@ -283,6 +296,8 @@ def test_recipes_are_timed_on_test_images_and_the_usual_script_by_the_ratio_of_s
     assert printed.count(', fp32') == 2 and ', bf16' not in printed
     assert 'data: built-in shapes (not CIFAR-10), 10 classes' in printed
 
+    assert bench.main([*arguments, '--recipes', 'fast', '--speed', 'nowhere.json']) == 0  # which only Q1 needs
+    assert 'usual script' not in capsys.readouterr().out and len(trained) == 2
     other = ['--recipes', 'Q1', '--num-epochs', '1']  # constants: another folder
     assert bench.main([*arguments, *other]) == 2
     assert 'was measured in fp32, not in bf16' in capsys.readouterr().err and len(trained) == 2
@@ -292,7 +307,7 @@ def test_recipes_are_timed_on_test_images_and_the_usual_script_by_the_ratio_of_s
 
 
 @pytest.mark.parametrize('wrong, message', [
-    (['--recipes', 'faster'], "got 'faster'"), (['--num-epochs', '0'], 'at least 1, got 0'),
+    (['--recipes', 'faster'], 'got faster'), (['--recipes'], 'got none'), (['--num-epochs', '0'], 'at least 1, got 0'),
     (['--speed', 'nowhere.json'], 'nowhere.json does not hold the speed')])
 def test_what_is_not_there_is_one_sentence(wrong, message, capsys):
     assert bench.main(['--device', 'cpu', *wrong]) == 2
