@@ -66,18 +66,18 @@ class Config:
     warmup: float = 0.2  # fraction of the epochs spent warming up (one-cycle)
     label_smoothing: float = 0.0  # 0.1 spreads a tenth of the target over all classes
     ema_decay: float = 0.0  # 0.99: validate and keep a moving average over about 100 steps
-    patience: int | None = None  # stop after so many epochs without a better one; None never stops (Q2b)
+    patience: int | None = None  # stop after this many epochs without a better one; None never stops (Q2b)
     whiten: bool = False  # start the first layer from filters that decorrelate the images
     freeze_at: float = 1.0  # fraction of the epochs after which the first block stays as it is
 
     # Augmentation, drawn independently for every image (Q3a)
     flip: float = 0.0  # probability of a horizontal flip (try 0.5)
-    crop_padding: int = 0  # shift by up to so many pixels (try 4)
+    crop_padding: int = 0  # shift by up to this many pixels (try 4)
     crop_border: Literal['zeros', 'reflect'] = 'zeros'  # what comes into view: black, or the image mirrored
-    degrees: float = 0.0  # rotate by up to so many degrees (try 10)
+    degrees: float = 0.0  # rotate by up to this many degrees (try 10)
     translate: float = 0.0  # shift by up to this fraction of the image (try 0.1)
     scale: float = 0.0  # zoom by up to this fraction (try 0.1)
-    shear: float = 0.0  # shear by up to so many degrees (try 5)
+    shear: float = 0.0  # shear by up to this many degrees (try 5)
     brightness: float = 0.0  # multiply by 1 - brightness to 1 + brightness (try 0.3)
     contrast: float = 0.0  # likewise (try 0.3)
     saturation: float = 0.0  # likewise (try 0.3)

@@ -67,11 +67,11 @@ class Config:
     warmup: float = 0.2  # fraction of the epochs spent warming up (one-cycle)
     label_smoothing: float = 0.0  # 0.1 spreads a tenth of the target over all classes
     ema_decay: float = 0.0  # 0.99: validate and keep a moving average over about 100 steps
-    patience: int | None = None  # stop after so many epochs without a better one; None never stops
+    patience: int | None = None  # stop after this many epochs without a better one; None never stops
 
     # Augmentation, drawn independently for every image
     flip: float = 0.5  # probability of a horizontal flip
-    crop_padding: int = 0  # shift by up to so many pixels (try 4)
+    crop_padding: int = 0  # shift by up to this many pixels (try 4)
     cutout: int = 0  # side of a blanked square (try 8)
 
     # Machine

@@ -7,7 +7,7 @@ An augmentation is a small value. Printed, it shows its strengths; called, it dr
 from `generator` (on the images' device; None: torch's own) and hands them to a function without randomness: `crop`,
 `affine`, `adjust_hue` ... These compute what torchvision's functional transforms compute for one image.
 
-Nothing here waits for the GPU or copies to it, and no shape depends on what was drawn, as CUDA graphs demand.
+Nothing here waits for the GPU or copies to it, and no shape depends on what was drawn.
 """
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""An image folder: train/<class>/** and test/<class>/**, whatever Pillow reads, as images of 32x32 pixels."""
+"""An image folder: train/<class>/** and test/<class>/**, whatever Pillow can read, as images of 32x32 pixels."""
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +55,7 @@ def load_folder(root: Path) -> tuple[tuple[str, ...], Split, Split, list[str]]:
     if resized:
         notes.append(f'{resized:,} of {len(pool) + len(test):,} images resized to 32x32')
     if left_out:
-        notes.append(f'{len(left_out):,} files left out, as no images that Pillow reads or in no class folder: '
+        notes.append(f'{len(left_out):,} files skipped (not images that Pillow can read, or in no class folder): '
                      f'{some_of([str(path.relative_to(root)) for path in left_out], 3)}')
     return classes, pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))], test, notes
 
@@ -89,7 +89,7 @@ def _list_images(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
     if not classes:
         raise ValueError(f'{folder} holds no class folders: put the images into {folder}/<class>/')
     if empty := [str(folder / name) for name, images in classes.items() if not images]:
-        raise ValueError(f'no images that Pillow reads are in {some_of(empty, 10)}: add some or delete the folder')
+        raise ValueError(f'no images that Pillow can read are in {some_of(empty, 10)}: add some or delete the folder')
     return {name: sorted(images, key=_order) for name, images in classes.items()}, sorted(left_out, key=_order)
 
 

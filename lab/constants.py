@@ -151,7 +151,7 @@ def _meant(kind: Any) -> str:
         return ' or '.join(map(repr, kinds))
     if get_origin(kind) is tuple:
         return 'whole numbers, such as (1, 2)' if ... in kinds else f'{len(kinds)} whole numbers'
-    words = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'a text', Path: 'a path'}
+    words = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'a string', Path: 'a path'}
     return ' or '.join(map(_meant, kinds)) or words.get(kind, 'None')
 
 

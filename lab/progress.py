@@ -8,8 +8,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lab.errors import drawn
+from lab.figure import Title
 from lab.history import History
-from lab.plots import Title, plot_curves
+from lab.plots import plot_curves
 
 STEPS_BETWEEN_EVENTS = 20  # on a GPU, where every look at its progress costs a wait
 PATIENCE_OF_A_PERSON = 20 * 60  # seconds, after which something quicker is suggested

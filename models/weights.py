@@ -41,8 +41,8 @@ def load_features(weights: str | Path, like: dict[str, Tensor]) -> dict[str, Ten
     # The official file is older than batch norm's counter of batches, which only a cumulative average needs.
     state = {key: torch.zeros_like(t) for key, t in like.items() if key.endswith('num_batches_tracked')} | found
     if unfit := [key for key in like if not _is_weight(key, state[key])]:
-        raise ValueError(f'{path} cannot be used: {unfit[0]} and {len(unfit) - 1} more of its {len(like)} tensors hold '
-                         f'NaN, infinity or a negative variance, or no ordinary floating-point numbers')
+        raise ValueError(f'{path} cannot be used: {len(unfit)} of its {len(like)} tensors, the first {unfit[0]}, '
+                         f'hold NaN, infinity or a negative variance, or are not ordinary floating-point numbers')
     return {key: state[key].to(tensor.dtype) for key, tensor in like.items()}
 
 
@@ -86,7 +86,7 @@ def _diagnosis(path: Path, error: Exception) -> str:
                 f'anything: where you trust it, load it in Python and save only its state dict, {STATE_DICT}')
     if saved or not start:
         return f'is empty, cut short or damaged ({first_sentence(error)}): download it again'
-    return f'is no file that torch.save wrote: what is needed is a state dict, {STATE_DICT}'
+    return f'was not written by torch.save: what is needed is a state dict, {STATE_DICT}'
 
 
 # --- finding ------------------------------------------------------------------------------------------------

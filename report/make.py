@@ -8,7 +8,7 @@ The same command continues what was interrupted, and runs that the scripts have 
 in README.md between `<!-- Q1: CONSTANTS -->` and `<!-- end -->` is replaced by what part Q1 gave with these constants
 (none: at full scale), but full scale never by a reduced one; tables and pictures are kept beside it. The text around
 it stays as it is: it speaks of the runs that were published, and is yours to rewrite. Q1.csv has the results of part Q1
-with all digits, Q1-epochs.csv its curves.
+unrounded, Q1-epochs.csv its curves.
 """
 import re
 import shlex

@@ -144,7 +144,7 @@ def test_only_what_pillow_cannot_decode_is_left_out_and_it_is_said(tmp_path):
         ['train/notes.txt', 'train/.hidden/a.png', 'train/bee/.DS_Store', 'train/bee/.a/b.png',
          'test/bee/clip.mpeg', 'test/bee/a/weights.h5', 'README'], b'x'))
     classes, pool, test, notes = load_folder(root)
-    assert (len(pool), len(test), len(notes)) == (12, 6, 1) and notes[0].startswith('3 files left out')
+    assert (len(pool), len(test), len(notes)) == (12, 6, 1) and notes[0].startswith('3 files skipped')
     assert notes[0].endswith(': train/notes.txt, test/bee/a/weights.h5, test/bee/clip.mpeg')
 
 

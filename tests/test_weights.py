@@ -119,7 +119,7 @@ REFUSED = {
     'w.onnx': (b'\x08\x07\x12\x07pytorch', 'ONNX'),
     'w.weights': (b'\x89HDF\r\n\x1a\n' + bytes(99), 'Keras'),
     'zip': (archive(), 'zip archive'),
-    'garbage': (b'no torch file at all', 'no file that torch.save wrote'),
+    'garbage': (b'no torch file at all', 'not written by torch.save'),
     'empty': (b'', AGAIN),
     'one bit': (torch_bytes({'a': torch.zeros(999)}).replace(bytes(999), bytes(998) + b'\1', 1), AGAIN),
     **{f'cut to {end}': (torch_bytes(STATE)[:end], AGAIN) for end in (1000, -30)},
@@ -139,7 +139,8 @@ def test_what_cannot_be_used_is_named_with_what_to_do(tmp_path, name):
     ids=['sparse', 'meta', 'integers', 'booleans', 'complex', 'nan', 'too large', 'negative'])
 def test_tensors_that_are_no_weights_are_refused(tmp_path, spoil):
     spoilt = STATE | {'1.running_var': spoil(STATE['1.running_var'])}
-    assert_refused(under('features.', spoilt), tmp_path / 'w.pt', 'cannot be used: 1.running_var')
+    assert_refused(under('features.', spoilt), tmp_path / 'w.pt',
+                   'cannot be used: 1 of its 21 tensors, the first 1.running_var, hold NaN')
     assert_refused(under('a.', spoilt) | under('b.', spoilt), tmp_path / 'w.pt', '2 times')
 
 
