@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+SEARCH = 20e9  # bytes of a GPU's memory, from which on cuDNN searches: what it tries out takes gigabytes
+
 # --- the device -----------------------------------------------------------------------------------------------
 
 
 def pick_device(name: str) -> torch.device:
     """'auto' (a GPU with CUDA if it works, else the CPU) or a torch device, tried out with a small convolution.
 
-    A GPU that 'auto' finds but cannot use is printed in one line. Also has cuDNN search for the fastest algorithms or,
-    on a CPU, freed memory kept. Raises ValueError for a named device that does not work.
+    A GPU that 'auto' finds but cannot use is printed in one line. Also has cuDNN search for the fastest algorithms,
+    where there is memory for it, or, on a CPU, freed memory kept. Raises ValueError for a named device that does not
+    work.
     """
     wanted = name
     if name == 'auto':
@@ -37,7 +40,8 @@ def pick_device(name: str) -> torch.device:
         print(f'The GPU cannot be used ({first_sentence(error)}): using the CPU instead.')
         device = torch.device('cpu')
     if device.type == 'cuda':
-        torch.backends.cudnn.benchmark = True  # every step has the same shapes: worth a search
+        # Every step has the same shapes: worth a search, unless it would take the memory that training needs.
+        torch.backends.cudnn.benchmark = torch.cuda.get_device_properties(device).total_memory >= SEARCH
     if device.type == 'cpu':
         keep_freed_memory()
     return torch.device('cpu') if device.type == 'cpu' else device  # tensors saved on cpu:1 could not be loaded
@@ -155,6 +159,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 # --- errors of devices ----------------------------------------------------------------------------------------
 
 OUT_OF_MEMORY = re.compile(r'allocate memory|out of memory|not enough memory|ALLOC(ATION)?_FAILED')
+GPU_FAILED = re.compile(r'CUDA error: (?!device-side assert)')
 NO_ENGINE = re.compile(r'unable to find an engine|unable to find a valid cuDNN algorithm', re.IGNORECASE)
 
 
@@ -169,6 +174,14 @@ def memory_advice(error: BaseException) -> str:
         return 'out of memory: lower the constant batch_size (for example to half), or close other programs'
     return ('cuDNN found no way to compute a layer: either memory is short (lower the constant batch_size, for example '
             'to half), or this torch does not fit the GPU (try --precision fp32 or --device cpu)')
+
+
+def gpu_failure(error: BaseException) -> str:
+    """'CUDA error: unspecified launch failure' where that is what an error is or one behind it; '' for any other.
+
+    A failed assertion of a kernel is none: the GPU works, and the program is wrong.
+    """
+    return next((first_sentence(link) for link in _chain(error) if GPU_FAILED.match(str(link))), '')
 
 
 def _is_about_memory(error: BaseException) -> bool:

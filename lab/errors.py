@@ -9,7 +9,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
 
-from lab.device import first_sentence, is_out_of_memory, memory_advice
+from lab.device import first_sentence, gpu_failure, is_out_of_memory, memory_advice
 from lab.files import DamagedFile
 
 Main = Callable[[Sequence[str]], int]
@@ -19,7 +19,7 @@ def ends_in_a_sentence(main: Main) -> Main:
     """Decorator: `main` returns an exit status, whatever a user does.
 
     0: all is done; 1: a run diverged or could not be done, or a picture could not be drawn; 2: wrong input, no room,
-    no memory; 130 or 143: interrupted. What only a bug can cause still raises.
+    no memory, a GPU that fails; 130 or 143: interrupted. What only a bug can cause still raises.
     """
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] = ()) -> int:
@@ -37,9 +37,13 @@ def ends_in_a_sentence(main: Main) -> Main:
                 message = (f'{error}: fix this or choose another folder with --results, then run the same command '
                            f'again')
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if is_out_of_memory(error):
+                    message = memory_advice(error)
+                elif failure := gpu_failure(error):
+                    message = (f'the GPU failed ({failure}): run the same command again to continue, in a notebook '
+                               f'after restarting its kernel; if it fails again, try --device cpu')
+                else:
                     raise
-                message = memory_advice(error)
             print(f'{name}: error: {message}', file=sys.stderr)
             return 2
     return wrapped

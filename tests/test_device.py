@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from lab import device as device_module
-from lab.device import first_sentence, is_out_of_memory, memory_advice, pick_device, pick_precision
+from lab.device import first_sentence, gpu_failure, is_out_of_memory, memory_advice, pick_device, pick_precision
 
 CPU, GPU = torch.device('cpu'), torch.device('cuda')
 NO_KERNEL = RuntimeError('CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors ...')
@@ -27,14 +27,15 @@ def test_a_device_that_does_not_work_here_is_refused_in_one_short_sentence(name)
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU on which the trial convolution raises `gpu.error`."""
-    gpu = SimpleNamespace(error=None)
+    """A GPU of `gpu.memory` bytes on which the trial convolution raises `gpu.error`."""
+    gpu = SimpleNamespace(error=None, memory=8e10)
 
     def trial(device):
         if device.type == 'cuda' and gpu.error:
             raise gpu.error
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(device_module, '_try_convolution', trial)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(total_memory=gpu.memory))
     monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)
     return gpu
 
@@ -48,7 +49,8 @@ def test_auto_takes_a_gpu_if_it_works_and_a_named_one_is_refused_if_it_does_not(
         with pytest.raises(ValueError, match=rf"'{name}'.*\(CUDA error: no kernel image[^\n]*--device cpu$"):
             pick_device(name)
     gpu.error = None
-    assert pick_device('auto') == GPU and torch.backends.cudnn.benchmark
+    for gpu.memory, searches in ((15.8e9, False), (25.3e9, True)):
+        assert pick_device('auto') == GPU and torch.backends.cudnn.benchmark == searches
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     assert pick_device('auto') == pick_device('cpu:1') == CPU  # tensors saved on cpu:1 could not be loaded
     assert capsys.readouterr().out == ''
@@ -167,6 +169,14 @@ def test_an_engine_that_was_not_found_is_put_down_to_both_of_its_causes(words):
     error = RuntimeError(words)
     assert is_out_of_memory(error)
     assert all(words in memory_advice(error) for words in ('batch_size', '--device cpu', 'does not fit the GPU'))
+
+
+def test_a_gpu_that_fails_is_told_from_a_bug_also_where_what_is_saved_then_fails_too():
+    broken = RuntimeError('CUDA error: unspecified launch failure\nSearch for ...')
+    assert gpu_failure(broken) == gpu_failure(linked(RuntimeError('cannot save'), context=broken)) == (
+        'CUDA error: unspecified launch failure')
+    for bug in (RuntimeError('shapes do not match'), RuntimeError('CUDA error: device-side assert triggered')):
+        assert not gpu_failure(bug)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
