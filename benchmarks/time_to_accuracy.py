@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Minutes of training until 75, 80, 85, 88 % of the test images are right: `fast` beside the usual script.
+"""Minutes (on a GPU seconds) until 75, 80, 85, 88 % of the test images are right: `fast` beside the usual script.
 
     python benchmarks/time_to_accuracy.py --data FOLDER
 
@@ -42,7 +42,7 @@ Curve = Sequence[tuple[float, float]]  # for each epoch: minutes of training unt
 
 @dataclass(frozen=True)
 class Options:
-    """Train recipes of ex3_convnet.py and print the minutes until each test accuracy."""
+    """Train recipes of ex3_convnet.py and print the minutes, or seconds, until each test accuracy."""
     data: str = 'auto'  # as in the scripts
     recipes: tuple[str, ...] = ('fast', 'Q1')  # questions of ex3_convnet.py, of which the first run is trained
     speed: Path | None = None  # a JSON file of training_speed.py, for the usual script; None: that of this device
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] = ()) -> int:
         curves[f'this project, {recipe}'] = list(zip(minutes, accuracies, strict=True))
         if recipe == 'Q1':
             curves['usual script'] = list(zip([ratio * m for m in minutes], accuracies, strict=True))
-    title = Title('How many minutes until the test images are recognised?',
+    title = Title(f'How many {unit(curves)[0]} until the test images are recognised?',
                   f'{data.source}: {len(data.train):,} training, {len(data.test):,} test images, one seed; '
                   f'{describe_device(device)}, {precision}', f'num_epochs={options.num_epochs}' if given else '')
     note = (f'The usual script was not trained: its accuracies are those of Q1, its minutes {ratio:.2f} times those of '
@@ -132,25 +132,32 @@ def minutes_until(level: float, curve: Curve) -> float | None:
     return next((minutes for minutes, accuracy in curve if accuracy >= level), None)
 
 
+def unit(curves: dict[str, Curve]) -> tuple[str, int]:
+    """('minutes', 1), or ('seconds', 60) where all is over in five minutes: what is shown, how many are a minute."""
+    return ('minutes', 1) if max(curve[-1][0] for curve in curves.values()) >= 5 else ('seconds', 60)
+
+
 def table(curves: dict[str, Curve]) -> str:
-    """Minutes until each level, as Markdown."""
-    lines = [['minutes until', *(f'{level} %' for level in LEVELS), 'at the end']]
-    for name, curve in curves.items():
+    """Minutes or seconds until each level, as Markdown."""
+    name, per_minute = unit(curves)
+    lines = [[f'{name} until', *(f'{level} %' for level in LEVELS), 'at the end']]
+    for way, curve in curves.items():
         reached = [minutes_until(level, curve) for level in LEVELS]
-        lines.append([name, *('–' if minutes is None else f'{minutes:.0f}' for minutes in reached),
-                      f'{curve[-1][1]:.1f} % after {curve[-1][0]:.0f}'])
+        lines.append([way, *('–' if minutes is None else f'{per_minute * minutes:.0f}' for minutes in reached),
+                      f'{curve[-1][1]:.1f} % after {per_minute * curve[-1][0]:.0f}'])
     return markdown_table(lines)
 
 
 @own_style()
 def plot(curves: dict[str, Curve], path: Path, title: Title) -> Path:
-    """Test accuracy against minutes of training."""
+    """Test accuracy against minutes, or seconds, of training."""
+    time, per_minute = unit(curves)
     figure = new_figure(8, 4, title)
     panel = figure.subplots()
     for colour, (name, curve) in zip(COLOURS, curves.items(), strict=False):
         minutes, accuracies = zip(*curve, strict=True)
-        panel.plot(minutes, accuracies, marker='o', markersize=4, color=colour, label=name)
-    panel.set(xlabel='minutes of training', ylabel='test accuracy (%)', xlim=(0, None))
+        panel.plot([per_minute * m for m in minutes], accuracies, marker='o', markersize=4, color=colour, label=name)
+    panel.set(xlabel=f'{time} of training', ylabel='test accuracy (%)', xlim=(0, None))
     for level in LEVELS:
         panel.axhline(level, color='#bbbbbb', linewidth=0.8, linestyle=':')
     panel.legend()

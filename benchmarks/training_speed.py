@@ -262,13 +262,13 @@ def main(argv: Sequence[str] = ()) -> int:
               'steps': len(data.train) // batch_size, 'repetitions': options.repetitions,
               'epoch_images': ex3_convnet.Config().num_training, 'cases': {}}
     path = options.results / f'{slug(record["device"])}.json'
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in options.cases:
             start = time.perf_counter()
             record['cases'][name] = measure(name, options, data, device, precision, Path(folder))
+            write_atomically(path, json.dumps(record, indent=1) + '\n')  # an interruption loses one case
             print(f'{name}: measured in {duration(time.perf_counter() - start)}', file=sys.stderr)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(record, indent=1) + '\n')
     print(table(record))
     print(f'\n{path}\n{plot(record, path.with_suffix(".png"))}')
     return 0

@@ -3,6 +3,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,9 @@ def test_minutes_are_those_at_the_end_of_the_first_epoch_that_reaches_a_level():
     assert bench.cumulated([60, 120, 30]) == [1, 3, 3.5]
     cells = [cell.strip() for cell in bench.table({'fast': curve}).splitlines()[2].strip('|').split('|')]
     assert cells == ['fast', '4', '4', '8', '–', '84.0 % after 10']
+    soon = [(minutes / 60, accuracy) for minutes, accuracy in curve]  # as many seconds: a GPU
+    assert bench.table({'fast': soon}) == bench.table({'fast': curve}).replace('minutes', 'seconds')
+    assert bench.table({'fast': soon, 'Q1': curve}).startswith('| minutes')
 
 
 @pytest.mark.parametrize('page', ['README.md', 'benchmarks/README.md'])
@@ -59,8 +63,10 @@ def test_recipes_are_timed_on_test_images_and_the_usual_script_by_the_ratio_of_s
     assert list(curves) == ['this project, fast', 'this project, Q1', 'usual script']
     assert curves['this project, Q1'] == list(zip(bench.cumulated(history['seconds']), accuracies, strict=True))
     assert curves['usual script'] == [pytest.approx(point) for point in zip(minutes, accuracies, strict=True)]
-    lines = {line.get_label(): list(map(tuple, line.get_xydata())) for line in drawn[-1].axes[0].lines}
-    assert curves == {name: lines[name] for name in curves}
+    lines = {line.get_label(): line.get_xydata() for line in drawn[-1].axes[0].lines}
+    assert drawn[-1].axes[0].get_xlabel() == 'seconds of training'
+    for name, curve in curves.items():
+        assert lines[name] == pytest.approx(np.array(curve) * [60, 1])
     printed = capsys.readouterr().out
     assert 'The usual script was not trained' in printed and '2.50 times' in printed and 'one seed' in printed
     assert printed.count(', fp32') == 2 and ', bf16' not in printed

@@ -127,6 +127,17 @@ def test_memory_is_the_growth_of_the_peak_while_a_way_is_made_and_trains_twice(t
     assert (speed.growth('ConvNet', speed.PROJECT, options, 'fp32', tmp_path), runs) == (250, [1, 1])
 
 
+def test_an_interruption_keeps_the_cases_that_are_measured(tmp_path, monkeypatch):
+    def measure(name, *_):
+        if name == 'VGG11_bn, frozen':
+            raise KeyboardInterrupt
+        return {'ways': {}}
+    monkeypatch.setattr(speed, 'measure', measure)
+    assert speed.main(['--device', 'cpu', '--precision', 'fp32', '--results', str(tmp_path)]) == 130
+    path, = tmp_path.glob('*.json')
+    assert list(json.loads(path.read_text())['cases']) == list(speed.CASES)[:3]
+
+
 def test_a_tiny_run_prints_a_table_and_writes_numbers_and_a_plot(tmp_path, monkeypatch, capsys, cheap, drawn, weights):
     monkeypatch.setattr(speed, 'WORKERS', (1,))
     monkeypatch.setattr(speed, 'measure_ceiling', lambda *_: dict(fp32=1e9, copy=1e9))
