@@ -89,10 +89,11 @@ def main(argv: Sequence[str] = ()) -> int:
         curves[f'this project, {recipe}'] = list(zip(minutes, accuracies, strict=True))
         if recipe == 'Q1':
             curves['usual script'] = list(zip([ratio * m for m in minutes], accuracies, strict=True))
-    title = Title(f'How many {unit(curves)[0]} until the test images are recognised?',
+    time, _ = unit(curves)
+    title = Title(f'How many {time} until the test images are recognised?',
                   f'{data.source}: {len(data.train):,} training, {len(data.test):,} test images, one seed; '
                   f'{describe_device(device)}, {precision}', f'num_epochs={options.num_epochs}' if given else '')
-    note = (f'The usual script was not trained: its accuracies are those of Q1, its minutes {ratio:.2f} times those of '
+    note = (f'The usual script was not trained: its accuracies are those of Q1, its {time} {ratio:.2f} times those of '
             f'Q1, the ratio of their speeds.') if 'usual script' in curves else ''
     print(f'{" · ".join(filter(None, title))}\n\n{table(curves)}\n\n{note}')
     write_atomically(folder / 'curves.json', json.dumps({'title': title, 'note': note, 'curves': curves}, indent=1))
@@ -139,11 +140,11 @@ def unit(curves: dict[str, Curve]) -> tuple[str, int]:
 
 def table(curves: dict[str, Curve]) -> str:
     """Minutes or seconds until each level, as Markdown."""
-    name, per_minute = unit(curves)
-    lines = [[f'{name} until', *(f'{level} %' for level in LEVELS), 'at the end']]
-    for way, curve in curves.items():
+    time, per_minute = unit(curves)
+    lines = [[f'{time} until', *(f'{level} %' for level in LEVELS), 'at the end']]
+    for name, curve in curves.items():
         reached = [minutes_until(level, curve) for level in LEVELS]
-        lines.append([way, *('–' if minutes is None else f'{per_minute * minutes:.0f}' for minutes in reached),
+        lines.append([name, *('–' if minutes is None else f'{per_minute * minutes:.0f}' for minutes in reached),
                       f'{curve[-1][1]:.1f} % after {per_minute * curve[-1][0]:.0f}'])
     return markdown_table(lines)
 

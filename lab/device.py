@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SEARCH = 20e9  # bytes of a GPU's memory, from which on cuDNN searches: what it tries out takes gigabytes
+MEMORY_TO_SEARCH = 20e9  # bytes of a GPU's memory, from which on cuDNN searches: what it tries out takes gigabytes
 
 # --- the device -----------------------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device('cpu')
     if device.type == 'cuda':
         # Every step has the same shapes: worth a search, unless it would take the memory that training needs.
-        torch.backends.cudnn.benchmark = torch.cuda.get_device_properties(device).total_memory >= SEARCH
+        torch.backends.cudnn.benchmark = torch.cuda.get_device_properties(device).total_memory >= MEMORY_TO_SEARCH
     if device.type == 'cpu':
         keep_freed_memory()
     return torch.device('cpu') if device.type == 'cpu' else device  # tensors saved on cpu:1 could not be loaded

@@ -17,7 +17,7 @@ from test_training import make_run
 
 import ex3_convnet
 from datasets.batches import Batches
-from lab.device import SEARCH, pick_device, pick_precision
+from lab.device import MEMORY_TO_SEARCH, pick_device, pick_precision
 from lab.progress import Progress
 from models.convnet import ConvNet
 from optimizers import make_optimizer, set_learning_rate
@@ -131,10 +131,10 @@ def test_an_interrupted_run_continues_on_any_device(tmp_path, monkeypatch, befor
             assert resumed[column] == pytest.approx(whole[column], rel=10 * RTOL), column
 
 
-@pytest.mark.parametrize('size', [4e9, SEARCH])
+@pytest.mark.parametrize('size', [4e9, MEMORY_TO_SEARCH])
 def test_the_convnet_at_batch_200_fits_a_small_gpu_and_the_smallest_on_which_cudnn_searches(tmp_path, precision, capsys,
                                                                                           size):
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = size >= SEARCH, False  # as in a run
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = size >= MEMORY_TO_SEARCH, False  # as in a run
     allow(size - CONTEXT)
     torch.cuda.reset_peak_memory_stats()
     model = ConvNet(3, (128, 512, 512, 512, 512), 12, 'BN').to('cuda', memory_format=torch.channels_last)

@@ -120,21 +120,22 @@ def test_a_file_where_a_folder_should_be_is_named_and_stays(tmp_path, capsys, bl
     assert path.read_text() == 'precious'
 
 
-def gpu_fails(*_):
-    raise RuntimeError('CUDA error: unspecified launch failure\nSearch for `cudaErrorLaunchFailure` in https://docs.')
+def gpu_fails(_folder, patch):
+    def fail(*_):
+        raise RuntimeError('CUDA error: unspecified launch failure\nSearch for `cudaErrorLaunchFailure` in https://...')
+    patch.setattr(checkpoint, 'save_tensors', fail)  # nor can any tensor be read from it any more
+    fail()
 
 
 @pytest.mark.parametrize('fault, words', [
-    (lambda folder: shutil.rmtree(folder / RUN), [RUN, '--results']),
-    (lambda folder: torch.empty(2 ** 60), ['out of memory', 'batch_size']),
+    (lambda folder, _: shutil.rmtree(folder / RUN), [RUN, '--results']),
+    (lambda *_: torch.empty(2 ** 60), ['out of memory', 'batch_size']),
     (gpu_fails, ['the GPU failed', 'CUDA error: unspecified launch failure)', 'same command again', '--device cpu'])],
     ids=['folder gone', 'memory', 'GPU'])
 def test_what_goes_wrong_in_an_epoch_is_one_message_and_the_run_continues(tmp_path, whole, monkeypatch, capsys, fault,
                                                                           words):
     with monkeypatch.context() as patch:
-        at_call(patch, training, 'set_learning_rate', 15, lambda: fault(tmp_path))
-        if fault is gpu_fails:
-            patch.setattr(checkpoint, 'save_tensors', gpu_fails)  # nor can any tensor be read from it any more
+        at_call(patch, training, 'set_learning_rate', 15, lambda: fault(tmp_path, patch))
         assert_refused(convnet(tmp_path), capsys, *words)
     assert convnet(tmp_path) == 0
     assert_same_outcome(tmp_path, whole)
