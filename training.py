@@ -138,7 +138,7 @@ def evaluate_kept(model: nn.Module, history: History, folder: Path, evaluation: 
             logits, labels = infer(model, bar, precision)
             accuracies[f'{which}_{part}_accuracy'] = accuracy(logits, labels)
             if (which, part) == ('best', 'test'):
-                save_tensors({'logits': logits.cpu(), 'labels': labels.cpu()}, folder / 'test_logits.pt')
+                save_tensors({'logits': logits, 'labels': labels}, folder / 'test_logits.pt')
     return accuracies
 
 

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from lab.figure import COLOURS, new_figure, own_style, save_figure
+from lab.figure import COLOURS, Title, new_figure, own_style, save_figure
 from lab.progress import duration
 from lab.results import markdown_table
 
@@ -74,7 +74,8 @@ def table(record: dict) -> str:
 def plot(record: dict, path: Path) -> Path:
     """Bars of images per second, a panel for each case, since their speeds differ by orders of magnitude."""
     cases = record['cases']
-    figure = new_figure(9, 0.4 + 1.15 * len(cases), f'Images trained on per second · {record["device"]}')
+    note = 'Medians, smallest and largest; in brackets the median ratio to the usual script within each turn'
+    figure = new_figure(9, 0.4 + 1.15 * len(cases), Title(f'Images trained on per second · {record["device"]}', note))
     panels = figure.subplots(len(cases), 1, squeeze=False)[:, 0]
     for panel, (name, case) in zip(panels, cases.items(), strict=True):
         speeds = [case['ways'][way]['images_per_second'] for way in WAYS]

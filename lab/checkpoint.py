@@ -4,12 +4,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from lab.files import load_tensors, reading, save_tensors, to_csv, write_atomically
+from lab.files import each_tensor, load_tensors, reading, save_tensors, to_csv, write_atomically
 from lab.history import Epoch, History
 from lab.progress import Progress
 
@@ -115,10 +116,5 @@ class Checkpoint:
         self.best, self.history = state['best'], History([Epoch(**epoch) for epoch in state['epochs']])
 
 
-def _clone(value: object) -> object:
-    """A copy of nested dicts and lists of tensors."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: _clone(item) for key, item in value.items()}
-    return [_clone(item) for item in value] if isinstance(value, list) else value
+def _clone(state: Any) -> Any:
+    return each_tensor(lambda tensor: tensor.detach().clone(), state)

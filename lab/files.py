@@ -3,13 +3,14 @@ import csv
 import io
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
+from torch import Tensor
 
 from lab.device import first_sentence, is_out_of_memory
 
@@ -50,10 +51,19 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def save_tensors(value: dict, path: Path) -> None:
-    """torch.save, but whole or not at all."""
+    """torch.save, but whole or not at all, and from the CPU: what a GPU trained is loaded where there is none, too."""
     buffer = io.BytesIO()
-    torch.save(value, buffer)
+    torch.save(each_tensor(Tensor.cpu, value), buffer)
     write_atomically(path, buffer.getbuffer())
+
+
+def each_tensor(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Dicts and lists of tensors, however deep, with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: each_tensor(change, item) for key, item in value.items()}
+    return [each_tensor(change, item) for item in value] if isinstance(value, list) else value
 
 
 def load_tensors(path: Path, device: torch.device | str = 'cpu') -> Any:

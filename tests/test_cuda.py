@@ -125,6 +125,7 @@ def test_an_interrupted_run_continues_on_any_device(tmp_path, monkeypatch, befor
     interrupted_run(tmp_path / 'parts', monkeypatch, **options(before))
     resumed, _ = make_run(tmp_path / 'parts', num_epochs=4, **options(after))
     assert resumed['epoch'] == [1, 2, 3, 4]
+    assert {weight.device.type for weight in torch.load(tmp_path / 'parts' / 'last.pt').values()} == {'cpu'}
     if before == after:  # equal but for rounding
         whole, _ = make_run(tmp_path / 'whole', num_epochs=4, **options(after))
         for column in ('train_loss', 'val_loss'):
