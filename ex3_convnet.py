@@ -17,12 +17,12 @@ from datasets.augment import Affine, ColorJitter, Crop, Cutout, Flip, Greyscale
 from datasets.batches import Batches
 from datasets.cifar10 import Data
 from lab.answers import accuracies, best_accuracies, confusion, mistakes
-from lab.constants import Question, read_constants
+from lab.constants import Question, lists_as_tuples, read_constants
 from lab.errors import ends_in_a_sentence
 from lab.experiment import Experiment
 from lab.pictures import plot_gallery
 from lab.plots import plot_against, plot_best_and_latest, plot_strengths
-from lab.results import SETS
+from lab.results import SETS, accuracy
 from lab.run import Run
 from models.convnet import ConvNet, weights_init, whiten_first_layer
 from optimizers import make_optimizer
@@ -35,6 +35,7 @@ CHANNEL_MEAN, CHANNEL_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  
 
 
 @dataclass(frozen=True)
+@lists_as_tuples
 class Config:
     """A ConvNet on CIFAR-10: questions 1 to 3 of the exercise. Each option is a constant at the top of the script."""
     experiment: str = 'Q1'  # Q1, Q2a, Q2b, Q3a, Q3a-strength, Q3b, fast, best or ingredients
@@ -225,8 +226,9 @@ def filters(experiment: Experiment) -> Path:
 
 
 def best_and_latest(experiment: Experiment) -> Path:
-    """Q2b: the two models of each run on the training, validation and test set."""
-    rows = {run: {name: (experiment.accuracy(run, 'best', part), experiment.accuracy(run, 'last', part))
+    """Q2b: the two models of each run on the training, validation and test set, of the seeds that have both."""
+    both = [result for result in experiment.results if result.status == 'finished']
+    rows = {run: {name: (accuracy(both, run, 'best', part), accuracy(both, run, 'last', part))
                   for part, name in SETS.items()}
             for run in experiment.histories}
     return plot_best_and_latest(rows, experiment.folder / 'best_and_latest.png', experiment.title)

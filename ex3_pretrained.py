@@ -16,7 +16,7 @@ from datasets.augment import Crop, Cutout, Flip
 from datasets.batches import Batches, Split
 from datasets.cifar10 import Data
 from lab.answers import best_accuracies, confusion, mistakes
-from lab.constants import Question, read_constants
+from lab.constants import Question, lists_as_tuples, read_constants
 from lab.errors import ends_in_a_sentence
 from lab.experiment import Experiment
 from lab.plots import plot_accuracies
@@ -37,6 +37,7 @@ RANGES = {'num_training': (2, 10**9), 'batch_size': (2, 5000)}  # batch norm ove
 
 
 @dataclass(frozen=True)
+@lists_as_tuples
 class Config:
     """VGG11 with batch norm on CIFAR-10: question 4. Each option is a constant at the top of the script."""
     experiment: str = 'Q4b'  # Q4a, Q4b or best

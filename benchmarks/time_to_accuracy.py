@@ -27,10 +27,11 @@ from lab.constants import slug
 from lab.device import describe_device, pick_device, pick_precision
 from lab.errors import ends_in_a_sentence
 from lab.experiment import introduce
-from lab.figure import COLOURS, Title, new_figure, own_style, save_figure
+from lab.figure import Title, new_figure, own_style, save_figure
 from lab.files import write_atomically
 from lab.history import History
 from lab.identity import choose_folder, claim, identity, recorded_precision
+from lab.plots import colours
 from lab.progress import Progress
 from lab.results import markdown_table
 from lab.run import Run
@@ -155,7 +156,7 @@ def plot(curves: dict[str, Curve], path: Path, title: Title) -> Path:
     time, per_minute = unit(curves)
     figure = new_figure(8, 4, title)
     panel = figure.subplots()
-    for colour, (name, curve) in zip(COLOURS, curves.items(), strict=False):
+    for colour, (name, curve) in zip(colours(len(curves)), curves.items(), strict=True):
         minutes, accuracies = zip(*curve, strict=True)
         panel.plot([per_minute * m for m in minutes], accuracies, marker='o', markersize=4, color=colour, label=name)
     panel.set(xlabel=f'{time} of training', ylabel='test accuracy (%)', xlim=(0, None))

@@ -1,6 +1,7 @@
 """What a run leaves while it trains, so that it can be killed and continued: history.csv, best.pt, checkpoint.pt."""
 import copy
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -63,7 +64,7 @@ class Checkpoint:
         if (self.folder / 'checkpoint.pt').exists():
             with reading(self.folder / 'checkpoint.pt'):
                 self._load(load_tensors(self.folder / 'checkpoint.pt', next(self.model.parameters()).device))
-            self.progress.draw(self.history, self.folder)  # a kill may have come before it
+            self._show(self.history)  # a kill may have come before it
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -73,10 +74,13 @@ class Checkpoint:
             try:
                 self._save()
             except KeyboardInterrupt:
-                self._save()
+                if self.unsaved:
+                    self._save()
                 raise
-        if kind is None and self.best is not None and not self.history.diverged:
-            save_tensors(self.judged.state_dict(), self.folder / 'last.pt')
+        if kind is None and self.history.epochs:
+            self._write(self.history)
+            if not self.history.diverged:
+                save_tensors(self.judged.state_dict(), self.folder / 'last.pt')
 
     def end_epoch(self) -> None:
         """Remember the epoch that the history ends with; save it, unless that was done a moment ago."""
@@ -91,16 +95,24 @@ class Checkpoint:
             self._save()
 
     def _save(self) -> None:
-        """Everything there is at the end of an epoch: weights before pictures, the checkpoint as what counts."""
+        """Everything there is at the end of an epoch: first what counts, then what people look at."""
         start = time.monotonic()
         saved = History([Epoch(**epoch) for epoch in self.unsaved['epochs']])
-        write_atomically(self.folder / 'history.csv', to_csv(Epoch, saved.epochs))
         save_tensors(self.unsaved['best'], self.folder / 'best.pt')
         save_tensors(self.unsaved, self.folder / 'checkpoint.pt')
         self.unsaved = None
-        self.progress.draw(saved, self.folder)
+        self._show(saved)
         self.saved_at = time.monotonic()
         self.saving_takes = self.saved_at - start
+
+    def _show(self, history: History) -> None:
+        """Write history.csv, unless another program has it open, and draw curves.png."""
+        with suppress(PermissionError):  # Excel, on Windows; at the end of the run it must be written
+            self._write(history)
+        self.progress.draw(history, self.folder)
+
+    def _write(self, history: History) -> None:
+        write_atomically(self.folder / 'history.csv', to_csv(Epoch, history.epochs))
 
     def _load(self, state: dict) -> None:
         self.judged.load_state_dict(state['best'])  # only to see that it fits, too

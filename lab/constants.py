@@ -44,6 +44,14 @@ RANGES = {
 }
 
 
+def lists_as_tuples(kind: type) -> type:
+    """Class decorator: a constant edited to a list, [128, 512], becomes a tuple, for dataclasses refuse lists."""
+    for key, value in list(vars(kind).items()):
+        if isinstance(value, list):
+            setattr(kind, key, tuple(value))
+    return kind
+
+
 @dataclass(frozen=True)
 class Question:
     """What an experiment asks, and its runs: name -> the constants that differ from those at the top of the script."""
@@ -60,7 +68,7 @@ def read_constants(script: str, constants: Config, questions: Mapping[str, Quest
     Raises ValueError for what makes no sense, SystemExit for --help.
     """
     def read(row: Mapping[str, Any]) -> Config:
-        config = _parse(script, _typed(replace(constants, **row)), argv)
+        config = _parse(script, typed(replace(constants, **row)), argv)
         return replace(config, **{key: Path(os.path.expanduser(path)) for key, path in vars(config).items()
                                   if isinstance(path, Path)})
 
@@ -128,7 +136,7 @@ def _check_table(name: str, table: Mapping[str, Mapping], allowed: set[str]) -> 
                          f'that differ more')
 
 
-def _typed(config: Config) -> Config:
+def typed(config: Config) -> Config:
     """The constants as they were edited, lists as tuples; ValueError for one of a wrong type (tyro checks options)."""
     kinds = get_type_hints(type(config))
     config = replace(config, **{key: tuple(value) if isinstance(value, list)

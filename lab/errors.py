@@ -18,7 +18,7 @@ Main = Callable[[Sequence[str]], int]
 def ends_in_a_sentence(main: Main) -> Main:
     """Decorator: `main` returns an exit status, whatever a user does.
 
-    0: all is done; 1: a run diverged or could not be done, or a picture could not be drawn; 2: wrong input, no room,
+    0: nothing failed; 1: a run diverged or could not be done, or a picture could not be drawn; 2: wrong input, no room,
     no memory, a GPU that fails; 130 or 143: interrupted. What only a bug can cause still raises.
     """
     @functools.wraps(main)

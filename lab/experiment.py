@@ -3,7 +3,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ from torch import nn
 
 from datasets import cifar10
 from datasets.cifar10 import Data
-from lab.constants import Constants, Question, differences, slug
+from lab.constants import Constants, Question, differences, slug, typed
 from lab.device import describe_device, pick_device, pick_precision
 from lab.errors import drawn
 from lab.figure import Title
@@ -133,7 +133,7 @@ class Experiment:
         sizes = [' / '.join(dict.fromkeys(f'{len(getattr(data, part)):,}' for data in self.data.values()))
                  for part in ('train', 'val', 'test')]
         changed = dict.fromkeys(
-            differences(config, replace(self.constants, **self.question.rows[run]), SHOWN_OTHERWISE)
+            differences(config, typed(replace(self.constants, **self.question.rows[run])), SHOWN_OTHERWISE)
             for run, config in self.rows.items())
         return Title(f'{self.name}: {self.question.text}',
                      f'{self.source(*self.rows)}: {sizes[0]} training, {sizes[1]} validation, {sizes[2]} test images',
@@ -160,7 +160,7 @@ class Experiment:
             self.held.close()
             skipped.add((run.name, run.seed))
             if self._to_do() and time.monotonic() - self.tabled_at > SECONDS_BETWEEN_TABLES:
-                with self.shared:
+                with self.shared, suppress(OSError):  # open in Excel, perhaps: at the end it must be written
                     self._collect()
                     self._tabulate()
 

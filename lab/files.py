@@ -2,6 +2,7 @@
 import csv
 import io
 import os
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,12 +28,22 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             file.write(content.encode(errors='backslashreplace') if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             error.filename = str(path)  # a full disk does not say which file
         raise
+
+
+def _replace(source: Path, target: Path) -> None:
+    """os.replace, which Windows refuses while another program has the target open: a virus scanner has it soon done."""
+    for seconds in (0.1, 0.3, 1):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            time.sleep(seconds)
+    os.replace(source, target)
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 """Pictures of images: the gallery of augmentations, a network's worst mistakes and its confusion matrix, as PNG."""
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,11 +98,13 @@ def plot_confusion(labels: Tensor, logits: Tensor, classes: Sequence[str], path:
     shades = colormaps['Oranges'].with_extremes(bad='#eeeeee')
     image = panel.imshow(mistakes, cmap=shades, vmin=0, vmax=limit, interpolation='nearest')
     panel.grid(False)
-    size = 9 if count <= 20 else max(5, 72 * side / count * 0.75)
-    names = [_short(name, 18) for name in classes]
-    panel.set_xticks(range(count), names, rotation=45 if count <= 20 else 90, fontsize=size,
+    room = 0.75 * 72 * side / count  # of a row, in points
+    size = 9 if count <= 20 else max(5, room)
+    named = range(0, count, max(1, math.ceil(5 / room)))  # of very many classes, as many as there is room for
+    names = [_short(classes[i], 18) for i in named]
+    panel.set_xticks(named, names, rotation=45 if count <= 20 else 90, fontsize=size,
                      ha='right' if count <= 20 else 'center', rotation_mode='anchor' if count <= 20 else 'default')
-    panel.set_yticks(range(count), names, fontsize=size)
+    panel.set_yticks(named, names, fontsize=size)
     panel.set(xlabel='class given by the network', ylabel='true class')
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
@@ -111,8 +114,8 @@ def plot_confusion(labels: Tensor, logits: Tensor, classes: Sequence[str], path:
                 panel.text(column, row, f'{value:.0f}' if value >= 0.95 else f'{value:.1g}', ha='center', va='center',
                            fontsize=size, fontweight='bold' if row == column else None,
                            color='white' if row != column and value > 0.6 * limit else 'black')
-    for row, total in enumerate(totals[:, 0]):
-        accuracy = f'{percent[row, row]:.1f}%' if total else 'no image'
+    for row in named:
+        accuracy = f'{percent[row, row]:.1f}%' if totals[row, 0] else 'no image'
         panel.annotate(accuracy, (1.01, row), xycoords=panel.get_yaxis_transform(), fontsize=size, va='center')
     panel.annotate('accuracy', (1.01, 1), (0, 6), xycoords='axes fraction', textcoords='offset points', fontsize=9,
                    fontweight='bold')

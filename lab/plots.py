@@ -139,7 +139,7 @@ def _key(figure: Figure, longest: int, seeds: int, banded: bool, spikes: Sequenc
     if spikes:
         handles.append(Line2D([], [], color=INK, linestyle='', marker='^', markersize=8, label=(
             f'above the axis: {"up to " if len(spikes) > 1 else ""}{max(spikes):.3g}')))
-    figure.legend(handles=handles, loc='outside lower left', ncols=len(handles))
+    figure.legend(handles=handles, loc='outside lower left', ncols=min(4, len(handles)))
 
 
 # --- accuracies ---------------------------------------------------------------------------------------------
@@ -147,10 +147,24 @@ def _key(figure: Figure, longest: int, seeds: int, banded: bool, spikes: Sequenc
 
 def _dots(panel: Axes, x: Sequence, y: Sequence, accuracies: Sequence[Accuracy], name: str, *, vertical: bool,
           **look: Any) -> None:
-    """Accuracies as dots with error bars, which are horizontal or vertical; what is NaN is left out."""
+    """Accuracies as dots with error bars, which are horizontal or vertical; what is NaN is left out.
+
+    Dots with vertical bars are joined from left to right.
+    """
+    if vertical:
+        x, y, accuracies = zip(*sorted(zip(x, y, accuracies, strict=True), key=lambda dot: dot[0]), strict=True)
     errors = np.nan_to_num([accuracy.error for accuracy in accuracies])
     panel.errorbar(x, y, **{'yerr' if vertical else 'xerr': errors}, label=name, markersize=6, linewidth=1.4,
                    **SETS.get(name, dict(color=INK, marker='s')) | look)
+
+
+def _apart(values: Sequence[float], most: int) -> list[float]:
+    """The values in order, without those nearer to the one before than a `most`-th of their range: for ticks."""
+    kept = []
+    for value in sorted(values):
+        if not kept or value - kept[-1] > (max(values) - min(values)) / most:
+            kept.append(value)
+    return kept
 
 
 def _number(accuracy: Accuracy | None) -> str:
@@ -169,7 +183,8 @@ def _name_rows(panel: Axes, names: Sequence[str]) -> None:
 def _legend(figure: Figure, panel: Axes, note: str, **handles: Any) -> None:
     """Below the panels, where it covers nothing: a note, and what is drawn how."""
     handles = handles or dict(zip(('handles', 'labels'), panel.get_legend_handles_labels(), strict=True))
-    figure.legend(loc='outside lower left', ncols=4, title=note, title_fontsize=8, alignment='left', **handles)
+    columns = 4 if figure.get_figwidth() > 7 else 2
+    figure.legend(loc='outside lower left', ncols=columns, title=note, title_fontsize=8, alignment='left', **handles)
 
 
 @own_style()
@@ -252,7 +267,7 @@ def plot_strengths(panels: Mapping[str, tuple[Sequence[float], Mapping[str, Sequ
                          label=f'{name}, without augmentation')
         for name, accuracies in series.items():
             _dots(axes, strengths, [accuracy.mean for accuracy in accuracies], accuracies, name, vertical=True)
-        axes.set(title=augmentation, xlabel='strength', xticks=list(strengths))
+        axes.set(title=augmentation, xlabel='strength', xticks=_apart(strengths, 6))
         axes.margins(x=0.12)
         if axes.get_subplotspec().is_first_col():
             axes.set_ylabel('accuracy (%)')
@@ -271,6 +286,6 @@ def plot_against(x: Sequence[float], series: Mapping[str, Sequence[Accuracy]], p
     for name, accuracies in series.items():
         _dots(panel, x, [accuracy.mean for accuracy in accuracies], accuracies, name, vertical=True)
     panel.axhline(chance, color=INK, linestyle=':', linewidth=1.4, label=f'chance: {chance:.3g}%')
-    panel.set(xlabel=xlabel, ylabel='accuracy (%)', xticks=list(x), ylim=(0, None))
+    panel.set(xlabel=xlabel, ylabel='accuracy (%)', xticks=_apart(x, 16), ylim=(0, None))
     _legend(figure, panel, ERRORS)
     return save_figure(figure, path)

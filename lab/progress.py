@@ -1,6 +1,7 @@
 """What a run shows while it trains: a bar, one line per epoch, the time to come, its curves."""
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -87,7 +88,8 @@ class Progress:
     def draw(self, history: History, folder: Path) -> None:
         """curves.png of the run."""
         if drawn(plot_curves, {self.label: [history]}, folder / 'curves.png', self.title) is None:
-            (folder / 'curves.png').unlink(missing_ok=True)  # rather none than an old one
+            with suppress(OSError):
+                (folder / 'curves.png').unlink()  # rather none than an old one
 
     def _time_to_come(self, epoch_seconds: float, epochs_left: float) -> str:
         """'5 min left', '5 min left, 12 min in all': of this run, and with the runs after it."""

@@ -63,6 +63,16 @@ def test_best_and_latest_are_not_swapped_and_are_means_over_seeds():
                 run: pytest.approx((statistics.mean(three), statistics.stdev(three))) for run, three in values.items()}
 
 
+def test_a_seed_that_diverged_has_no_latest_model_so_that_neither_of_its_models_is_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(ex3_convnet, 'plot_best_and_latest', lambda rows, *_: rows)
+    results = [Result('plain', seed, 'finished' if latest else 'diverged', best_test_accuracy=best,
+                      last_test_accuracy=latest, test_images=100)
+               for seed, (best, latest) in enumerate([(0.8, 0.7), (0.9, 0.8), (0.2, None)])]
+    experiment = SimpleNamespace(results=results, histories={'plain': []}, folder=tmp_path, title='')
+    best, latest = ex3_convnet.best_and_latest(experiment)['plain']['test']
+    assert (best.mean, latest.mean) == pytest.approx((85, 75))
+
+
 def means(name, label):
     """Of the best networks, evaluated here, in percent, in the order of the experiment's rows."""
     return pytest.approx(sum(truth(ex3_convnet, name, 'best', SETS[label]).values(), []))

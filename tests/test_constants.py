@@ -32,6 +32,17 @@ def test_constants_are_overridden_by_the_row_and_the_row_by_the_command_line():
     assert (home.data_root, home.results) == (Path.home() / 'data', Path.home() / 'results')
 
 
+@pytest.mark.parametrize('script, constant, value', [
+    (ex3_convnet, 'hidden_size', [4, 8]), (ex3_convnet, 'seeds', [0, 1]), (ex3_pretrained, 'layer_config', [512, 8])])
+def test_a_constant_may_be_edited_to_a_list_as_the_handout_has_it(script, constant, value):
+    source = Path(script.__file__).read_text(encoding='utf-8')
+    source, count = re.subn(rf'(    {constant}: .* = )\(.*?\)', rf'\g<1>{value}', source)
+    edited = {'__name__': script.__name__, '__file__': script.__file__}
+    exec(compile(source, script.__file__, 'exec'), edited)
+    rows = read_constants(script.__name__, edited['Config'](), edited['QUESTIONS'], [])[1]
+    assert count == 1 and {getattr(config, constant) for config in rows.values()} == {tuple(value)}
+
+
 @pytest.mark.parametrize('script, options, edited, words', [
     (ex3_convnet, ['--experiment', 'Q2a', '--norm-layer', 'BN'], {}, 'Q2a compares values of norm_layer'),
     (ex3_convnet, [], dict(experiment='Q3a', flip=0.5), 'Q3a compares values of flip'),

@@ -52,6 +52,12 @@ def test_a_run_prints_its_conditions_and_keeps_its_constants(run, folder):
     assert 'num_epochs=1' in page and 'norm_layer' not in page  # what was changed, but not what is compared
 
 
+def test_a_list_in_a_row_is_not_shown_as_changed(run, folder, monkeypatch):
+    monkeypatch.setitem(QUESTIONS, 'mine', Question('mine?', {'first': dict(hidden_size=[4] * 5)}))
+    run('--experiment', 'mine')
+    assert 'hidden_size' not in (folder / 'mine/summary.md').read_text()
+
+
 def test_running_again_repeats_nothing_and_further_seeds_are_added(run, folder):
     run('--experiment', 'Q2a')
     seed0 = folder / 'Q2a/plain/seed0'

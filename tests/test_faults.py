@@ -63,6 +63,15 @@ def test_a_second_signal_does_not_break_the_writing_that_the_first_one_causes(tm
     assert (tmp_path / RUN / 'checkpoint.pt').exists()
 
 
+def test_an_interruption_while_the_last_epoch_is_drawn_loses_nothing(tmp_path, whole, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        at_call(patch, Progress, 'draw', 1, lambda: os.kill(os.getpid(), SIGINT))
+        assert convnet(tmp_path) == 130
+    assert capsys.readouterr().err == '\nInterrupted. Run the same command again to continue.\n'
+    assert convnet(tmp_path) == 0 and 'images/s' not in capsys.readouterr().out
+    assert_same_outcome(tmp_path, whole)
+
+
 def test_a_thread_that_gets_no_signals_trains_as_well(tmp_path, whole):
     with ThreadPoolExecutor() as pool:
         assert pool.submit(convnet, tmp_path).result() == 0
@@ -74,7 +83,7 @@ def test_a_thread_that_gets_no_signals_trains_as_well(tmp_path, whole):
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs a device that is always full')
 @pytest.mark.parametrize('name, epochs', [
-    ('seed0/history.csv', 2), ('seed0/curves.png', None), ('seed0/best.pt', 2), ('seed0/checkpoint.pt', 2),
+    ('seed0/history.csv', 3), ('seed0/curves.png', None), ('seed0/best.pt', 2), ('seed0/checkpoint.pt', 2),
     ('seed0/last.pt', 3), ('seed0/test_logits.pt', 3), ('seed0/result.json', 3), ('Q1/summary.csv', None),
     ('Q1/summary.md', None), ('Q1/curves.png', None), ('Q1/filters.png', None)])
 def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_continues_when_there_is_room(
@@ -109,6 +118,51 @@ def test_whatever_drawing_raises_is_a_line_and_pictures_are_drawn_the_next_time(
     assert len(lines) >= 5 and all('could not be drawn' in line and 'no such glyph' in line for line in lines)
     assert convnet(tmp_path) == 0 and 'images/s' not in capsys.readouterr().out
     assert_same_outcome(tmp_path, whole)
+
+
+def others_have_open(patch, name, times=math.inf):
+    """As on Windows: no file of this name can be replaced or deleted, `times` times or always."""
+    replace, unlink, calls = os.replace, Path.unlink, itertools.count(1)
+
+    def refuse(path):
+        if str(path).replace(os.sep, '/').endswith(name) and next(calls) <= times:
+            raise PermissionError(13, 'used by another process', str(path))
+    patch.setattr(os, 'replace', lambda source, target: (refuse(target), replace(source, target)))
+    patch.setattr(Path, 'unlink', lambda path, **options: (refuse(path), unlink(path, **options)))
+    patch.setattr(files.time, 'sleep', lambda _seconds: None)
+
+
+def test_a_virus_scanner_that_looks_at_each_file_first_is_not_noticed(tmp_path, whole, monkeypatch):
+    others_have_open(monkeypatch, '', times=3)
+    assert convnet(tmp_path) == 0
+    assert_same_outcome(tmp_path, whole)
+
+
+def test_a_picture_open_elsewhere_ends_no_training(tmp_path, whole, monkeypatch, capsys):
+    (tmp_path / RUN).mkdir(parents=True)
+    (tmp_path / RUN / 'curves.png').write_text('old')
+    with monkeypatch.context() as patch:
+        others_have_open(patch, 'seed0/curves.png')
+        assert convnet(tmp_path) == 0
+    assert 'could not be drawn by plot_curves (PermissionError' in capsys.readouterr().err
+    (tmp_path / RUN / 'curves.png').unlink()
+    assert convnet(tmp_path) == 0
+    assert_same_outcome(tmp_path, whole)
+
+
+@pytest.mark.parametrize('name', ['seed0/history.csv', 'Q1/summary.csv'])
+def test_a_table_open_elsewhere_ends_only_what_is_trained(tmp_path, whole, monkeypatch, capsys, name):
+    monkeypatch.setattr(checkpoint, 'SECONDS_BETWEEN_SAVES', 0)
+    monkeypatch.setattr(checkpoint, 'TIMES_AS_LONG', 0)
+    monkeypatch.setattr(experiment, 'SECONDS_BETWEEN_TABLES', -1)
+    with monkeypatch.context() as patch:
+        others_have_open(patch, name)
+        status = convnet(tmp_path, '--seeds', 0, 1)
+        output = capsys.readouterr()
+        assert status == 2 and name in output.err and 'run the same command again' in output.err
+        assert output.out.count('images/s') == (3 if 'history' in name else 6)  # of the first run, or of both
+    assert convnet(tmp_path) == 0
+    assert 'images/s' not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('blocked', [Path('.'), RUN], ids=str)

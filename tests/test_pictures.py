@@ -48,3 +48,10 @@ def test_confusion_has_true_classes_as_rows_in_percent_and_their_accuracy_in_the
     plot_confusion(torch.arange(30), torch.eye(30).roll(1, 1), list(map(str, range(30))), tmp_path / 'c.png', 'Q1')
     panel, bar = drawn[1].axes  # too many for numbers
     assert not [text for text in panel.texts if not hasattr(text, 'xyann')] and '%' in bar.get_ylabel()
+
+    plot_confusion(torch.arange(200), torch.eye(200), list(map(str, range(200))), tmp_path / 'c.png', 'Q1')
+    drawn[2].draw_without_rendering()
+    panel = drawn[2].axes[0]  # too many for names
+    boxes = [label.get_window_extent() for label in panel.get_yticklabels()]
+    assert all(below.y1 <= above.y0 + 3 for above, below in zip(boxes, boxes[1:], strict=False)) and len(boxes) == 100
+    assert len([text for text in panel.texts if text.get_text() == '100.0%']) == len(boxes)

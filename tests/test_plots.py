@@ -197,6 +197,29 @@ def test_best_and_latest_are_joined_in_a_panel_for_each_set_on_one_scale(tmp_pat
         assert panel.get_xlim()[0] < low and high < panel.get_xlim()[1]
 
 
+def test_values_in_any_order_are_joined_from_left_to_right_and_ticks_do_not_touch(tmp_path, drawn):
+    places = [0.0, 0.5, 1.0, 0.02]
+    plot_against(places, {'training': [Accuracy(100 * x, 1) for x in places]}, tmp_path / 'd.png', '', xlabel='p',
+                 chance=10)
+    plot_strengths({'crop': (places, {'training': [Accuracy(100 * x, 1) for x in places]})}, {}, tmp_path / 's.png', '')
+    for figure in drawn:
+        (panel,) = figure.axes
+        assert [(x, y) for x, y, *_ in bars(panel)['training']] == [(x, 100 * x) for x in sorted(places)]
+        assert list(panel.get_xticks()) == [0, 0.5, 1]
+
+
+def test_no_legend_is_wider_than_its_figure(tmp_path, drawn):
+    level = {'training': Accuracy(98, 0), 'validation': Accuracy(78, 1)}
+    plot_strengths({'crop': ((0, 1), SERIES)}, level, tmp_path / 's.png', '')
+    seeds = [history([0.5] * 5, [2.0, 3e4, 1.5, 1.2, 1.1], [2.0, 3e4, 0.5, 0.2, 0.1])] * 2
+    plot_curves({'a': seeds}, tmp_path / 'c.png', '')
+    for figure in drawn:
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        assert figure.bbox.x0 <= legend.get_window_extent().x0 < legend.get_window_extent().x1 <= figure.bbox.x1
+    assert 'above the axis: up to 3e+04' in texts(drawn[1])
+
+
 def test_accuracies_against_strengths_and_p_are_on_one_scale_with_the_level_without_and_chance(tmp_path, drawn):
     level = {'training': Accuracy(98, 0), 'validation': Accuracy(78, 1)}
     panels = {'crop': ((0, 1), SERIES), 'jitter': ((0.1, 0.3), {'validation': [Accuracy(50, 1)] * 2})}

@@ -27,6 +27,13 @@ def test_minutes_are_those_at_the_end_of_the_first_epoch_that_reaches_a_level():
     assert bench.table({'fast': soon, 'Q1': curve}).startswith('| minutes')
 
 
+def test_every_recipe_is_drawn_and_named(tmp_path, drawn):
+    names = [*ex3_convnet.QUESTIONS, 'usual script']
+    bench.plot({name: [(1.0, 70.0)] for name in names}, tmp_path / 'minutes.png', 'fast')
+    (legend,) = [panel.get_legend() for panel in drawn[0].axes]
+    assert [text.get_text() for text in legend.get_texts()] == names
+
+
 @pytest.mark.parametrize('page', ['README.md', 'benchmarks/README.md'])
 def test_the_published_minutes_are_what_the_curves_give(page):
     record = json.loads((BENCHMARKS / 'results' / 'time_to_accuracy' / 'curves.json').read_text())
