@@ -119,7 +119,8 @@ def train(run: Run) -> None:
         model = make_model(config, run.device)
     except WeightsUnavailable as error:  # offline: the runs from scratch go on
         return run.not_run(str(error))
-    if config.mode == 'frozen' and not (config.crop_padding or config.cutout):
+    is_fixed = not any(weight.requires_grad for weight in model.features.parameters())
+    if is_fixed and all(isinstance(augmentation, Flip) for augmentation in augmentations(config)):
         batches, evaluation, seconds = make_feature_batches(config, run.data)
     else:
         batches, evaluation, seconds = *make_batches(config, run.data), 0.0
@@ -144,11 +145,15 @@ def make_model(config: Config, device: torch.device) -> VggModel:
 
 def make_batches(config: Config, data: Data) -> tuple[Batches, dict[str, Batches]]:
     """(shuffled, augmented batches to train on, complete sets to evaluate on as they are: 'train', 'val', 'test')."""
-    augmentations = [augmentation for strength, augmentation in (
+    batches = normalised(data.train, config.batch_size, augmentations=augmentations(config), shuffle=True)
+    return batches, {part: normalised(getattr(data, part)) for part in SETS}
+
+
+def augmentations(config: Config) -> list:
+    """The augmentations whose constants are not zero, in the order in which they are applied."""
+    return [augmentation for strength, augmentation in (
         (config.flip, Flip(config.flip)), (config.crop_padding, Crop(config.crop_padding)),
         (config.cutout, Cutout(config.cutout))) if strength]
-    batches = normalised(data.train, config.batch_size, augmentations=augmentations, shuffle=True)
-    return batches, {part: normalised(getattr(data, part)) for part in SETS}
 
 
 def make_feature_batches(config: Config, data: Data) -> tuple[Batches, dict[str, Batches], float]:

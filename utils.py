@@ -29,7 +29,8 @@ def VisualizeFilter(model: nn.Module, path: str | Path | None = None, *, before:
     from left to right. All filters share one scale, on which mid-grey is zero. change: `before` is the same network
     before training, so a third panel shows what training added, on a scale of its own. Saves a picture when given a
     path. Returns the filters as an image, (height, width, 3) floats in [0, 1]: one, or before | gap | after.
-    Raises ValueError where two networks' filters differ in number or size, and for change=True without `before`.
+    Raises ValueError where two networks' filters differ in number or size, for filters of other than one or three
+    channels, for a path that does not end in .png, and for change=True without `before`.
     """
     filters = [_first_filters(network) for network in ([model] if before is None else [before, model])]
     if change and before is None:
@@ -37,6 +38,10 @@ def VisualizeFilter(model: nn.Module, path: str | Path | None = None, *, before:
     if filters[0].shape != filters[-1].shape:
         raise ValueError(f'`before` needs filters of the same number and size: {tuple(filters[0].shape)} before, '
                          f'{tuple(filters[-1].shape)} after')
+    if filters[0].shape[1] != 3:
+        raise ValueError(f'filters of 1 or 3 channels can be shown, these have {filters[0].shape[1]}')
+    if path is not None and Path(path).suffix.lower() != '.png':
+        raise ValueError(f'path must end in .png, got {str(path)!r}')
     limit = max(f.abs().max().item() for f in filters) or 1.0
     if path is not None:
         titles = titles or ([''] if before is None else ['before training', 'after training'])
@@ -72,9 +77,9 @@ def _save_filters(filters: Sequence[Tensor], limit: float, titles: Sequence[str]
 
 
 def _first_filters(model: nn.Module) -> Tensor:
-    """(N, 3, k, k) float weights of the first convolution."""
+    """(N, C, k, k) float weights of the first convolution; C is 3 where it was 1."""
     weight = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d)).weight
-    return weight.detach().float().cpu()
+    return weight.detach().float().cpu().expand(-1, max(3, weight.shape[1]), -1, -1)
 
 
 def _tile(filters: Tensor, columns: int = 16) -> np.ndarray:

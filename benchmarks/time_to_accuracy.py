@@ -73,8 +73,7 @@ def main(argv: Sequence[str] = ()) -> int:
     configs = {recipe: replace(constants, **next(iter(ex3_convnet.QUESTIONS[recipe].rows.values())) | given,
                                num_classes=len(data.classes), precision=options.precision)
                for recipe in options.recipes}
-    folder = choose_folder(options.results, {recipe: identity(config, data, {}) for recipe, config in configs.items()},
-                           constants)
+    folder = choose_folder(options.results, {recipe: identity(config, data, {}) for recipe, config in configs.items()})
     precision = options.precision
     if precision == 'auto':  # as it was begun, else the faster one
         recorded = recorded_precision(folder, options.recipes[0], iter(()))

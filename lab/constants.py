@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
+import numpy as np
 import tyro
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
@@ -67,6 +68,8 @@ def read_constants(script: str, constants: Config, questions: Mapping[str, Quest
     ranges: where a script's are narrower than RANGES.
     Raises ValueError for what makes no sense, SystemExit for --help.
     """
+    _check_class(type(constants))
+
     def read(row: Mapping[str, Any]) -> Config:
         config = _parse(script, typed(replace(constants, **row)), argv)
         return replace(config, **{key: Path(os.path.expanduser(path)) for key, path in vars(config).items()
@@ -75,8 +78,9 @@ def read_constants(script: str, constants: Config, questions: Mapping[str, Quest
     name = read({}).experiment
     if name not in questions:
         raise ValueError(f'experiment must be one of {", ".join(questions)}, got {name!r}')
-    table = questions[name].rows
-    _check_table(name, table, {one.name for one in fields(constants)} - {'experiment', 'results', 'device'})
+    if first := next((one for one in questions if re.fullmatch(rf'{re.escape(one)}-\d+', name)), ''):
+        raise ValueError(f'{name} would share the folder {name} with {first}, whose next folder it is: rename it')
+    table = _check_table(name, questions[name], {one.name for one in fields(constants)})
     rows = {run: read(row) for run, row in table.items()}
     for config in rows.values():
         _check_ranges(config, RANGES | dict(ranges or {}))
@@ -84,7 +88,9 @@ def read_constants(script: str, constants: Config, questions: Mapping[str, Quest
         compared = len({repr(row.get(key)) for row in table.values()}) > 1
         values = {repr(getattr(config, key)) for config in rows.values()}
         renamed = any(row.get(key) == run != getattr(rows[run], key) for run, row in table.items())
-        if renamed or compared and len(values) == 1:
+        lost = (any(key in row and repr(row[key]) not in values for row in table.values())
+                or len(set(map(repr, rows.values()))) < len(rows))  # a row's value, or what makes it another run
+        if renamed or compared and lost and len(values) == 1:
             raise ValueError(f'{name} compares values of {key}, but the command line or the constants make it '
                              f'{values.pop()} in every run: leave {key} alone, or choose another experiment')
     return name, rows
@@ -123,25 +129,49 @@ def _parse(script: str, default: Config, argv: Sequence[str]) -> Config:
         raise ValueError(f'{message} (all options: python {script}.py --help)') from None
 
 
-def _check_table(name: str, table: Mapping[str, Mapping], allowed: set[str]) -> None:
-    """Raise ValueError for a row that sets what is not a constant of a run, and for runs that would share a folder."""
+def _check_class(kind: type) -> None:
+    """Raise ValueError for what stands in the class without being a constant: changing it would go unnoticed."""
+    constants = {one.name: one.default for one in fields(kind)}
+    for key, value in vars(kind).items():
+        if key.startswith('_') or callable(value):
+            continue
+        if key not in constants:
+            raise ValueError(f'the constant {key} needs its type: write {key}: {type(value).__name__} = {value!r}')
+        if repr(value) != repr(constants[key]):
+            raise ValueError(f'Config.{key} = {value!r} came too late to count: edit the script, or call '
+                             f"main(['--{key.replace('_', '-')}', '{value}'])")
+
+
+def _check_table(name: str, question: Question, constants: set[str]) -> Mapping[str, Mapping]:
+    """A question's rows; ValueError for what is none, sets what is not a constant of a run, or would share a folder."""
+    table = getattr(question, 'rows', None)
+    if not (isinstance(table, Mapping) and table and all(
+            isinstance(run, str) and slug(run) and isinstance(row, Mapping) for run, row in table.items())):
+        raise ValueError(f"{name} must be a question with rows that have names, such as Question('which dropout?', "
+                         f"{{'none': {{}}, 'half': dict(dropout=0.5)}}), got {question!r}")
+    allowed = constants - {'experiment', 'results', 'device'}
     for run, row in table.items():
         for key in row.keys() - allowed:
-            near = difflib.get_close_matches(key, sorted(allowed), n=1, cutoff=0.4)
+            near = difflib.get_close_matches(key, sorted(allowed), n=1, cutoff=0.4) if key not in constants else []
             raise ValueError(f'{name}: the row {run!r} sets {key}, which is not a constant of a run'
                              + (f': did you mean {near[0]}?' if near else ''))
     folders = Counter(slug(run).lower() for run in table)
     if (shared := folders.most_common(1)) and shared[0][1] > 1:
         raise ValueError(f'{name} has {shared[0][1]} runs that would share the folder {shared[0][0]}: give them names '
                          f'that differ more')
+    return table
 
 
 def typed(config: Config) -> Config:
     """The constants as they were edited, lists as tuples; ValueError for one of a wrong type (tyro checks options)."""
     kinds = get_type_hints(type(config))
-    config = replace(config, **{key: tuple(value) if isinstance(value, list)
-                                else Path(value) if kinds[key] is Path and isinstance(value, str) else value
-                                for key, value in vars(config).items()})
+
+    def read(value: Any, kind: Any) -> Any:
+        if isinstance(value, np.generic):  # of np.linspace, say
+            value = value.item()
+        return (tuple(read(item, None) for item in value) if isinstance(value, list | tuple)
+                else Path(value) if kind is Path and isinstance(value, str) else value)
+    config = replace(config, **{key: read(value, kinds[key]) for key, value in vars(config).items()})
     for key, value in vars(config).items():
         try:
             check_type(value, kinds[key], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)

@@ -1,9 +1,11 @@
 """What a user can cause ends in one sentence and an exit status, never in a traceback."""
 import functools
 import os
+import shlex
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -27,11 +29,13 @@ def ends_in_a_sentence(main: Main) -> Main:
         with redirect_stdout(Console(sys.stdout)), redirect_stderr(Console(sys.stderr)):
             try:
                 with _signals_as_exceptions():
-                    return main(list(argv))
+                    return main([*map(str, shlex.split(argv) if isinstance(argv, str) else argv)])
             except KeyboardInterrupt as stop:
                 print('\nInterrupted. Run the same command again to continue.', file=sys.stderr)
                 return 128 + (stop.args[0] if stop.args else signal.SIGINT)
             except ValueError as error:  # what a user can cause and can fix
+                if not _was_foreseen(error):
+                    raise
                 message = str(error)
             except OSError as error:  # no space, no permission, a file where a folder should be
                 message = (f'{error}: fix this or choose another folder with --results, then run the same command '
@@ -49,10 +53,20 @@ def ends_in_a_sentence(main: Main) -> Main:
     return wrapped
 
 
+def _was_foreseen(error: Exception) -> bool:
+    """Whether a `raise` of this project is where it comes from, rather than a bug, in a layer of your own perhaps."""
+    origin = traceback.extract_tb(error.__traceback__)[-1]
+    return (origin.line or '').startswith('raise ') and 'site-packages' not in origin.filename and (
+        Path(origin.filename).is_relative_to(Path(__file__).parents[1]))
+
+
 def drawn(draw: Callable[..., Path], *arguments: Any, **options: Any) -> Path | None:
     """draw(...) -> the picture's path; a picture that cannot be drawn or written is one line and None."""
     try:
-        return draw(*arguments, **options)
+        path = draw(*arguments, **options)
+        if path is None:
+            raise TypeError('it does not return its path')
+        return path
     except DamagedFile:
         raise
     except Exception as error:  # training is saved: nothing that drawing raises may end it

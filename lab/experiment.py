@@ -67,7 +67,7 @@ class Experiment:
                            for run, config in self.rows.items()}
         self.shared = FileLock(self.everywhere / name / '.locks' / 'shared')  # for what all processes read and write
         with self.shared:
-            self.folder = choose_folder(self.everywhere / name, self.identities, constants)
+            self.folder = choose_folder(self.everywhere / name, self.identities)
             self._settle_precision()
             for run, seed in self.jobs():  # at once, so that a process with other constants takes another folder
                 claim(self.run_folder(run, seed), self.identities[run])
@@ -108,8 +108,7 @@ class Experiment:
 
     def _settle_precision(self) -> None:
         """What 'auto' means: as the run was begun, or is finished for another question, else the faster one here."""
-        recorded = {run: recorded_precision(self.folder, run, same_runs(self.everywhere, self.identities[run],
-                                                                        self.constants))
+        recorded = {run: recorded_precision(self.folder, run, same_runs(self.everywhere, self.identities[run]))
                     for run, config in self.rows.items() if config.precision == 'auto'}
         first = next(filter(None, recorded.values()), None)  # what is compared has one precision
         used: dict[str, tuple[str, str]] = {}
@@ -184,7 +183,7 @@ class Experiment:
                 continue
             if not (folder / 'result.json').exists():  # another process may have finished it just now
                 run = self._run(name, seed)
-                same = same_runs(self.everywhere, self.identities[name], self.constants, seed)
+                same = same_runs(self.everywhere, self.identities[name], seed)
                 with self.shared:
                     finished = next((path for path in same if run.take_over(path)), None)
                     if finished is None:

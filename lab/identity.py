@@ -11,6 +11,7 @@ from lab.files import DamagedFile, reading, write_atomically
 
 # Constants that do not change what a run is. `data` does, by its content; `data_root` only says where it was found.
 NOT_IDENTITY = ('experiment', 'results', 'seeds', 'device', 'data_root')
+NEWER = {'normalisation': 'half', 'whiten': False, 'freeze_at': 1.0, 'crop_border': 'zeros'}  # than some results
 
 
 def identity(config: Constants, data: Data, known_by: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,19 +20,19 @@ def identity(config: Constants, data: Data, known_by: Mapping[str, Any]) -> dict
                     | {'data': f'SHA256 {data.content}'} | dict(known_by))
 
 
-def read_identity(folder: Path, defaults: Constants) -> dict[str, Any]:
-    """What a run's config.json holds; a constant that did not exist yet had its default. Raises DamagedFile."""
+def read_identity(folder: Path) -> dict[str, Any]:
+    """What a run's config.json holds. Raises DamagedFile."""
     with reading(folder / 'config.json'):
-        recorded = dict(json.loads((folder / 'config.json').read_text()))
-    return _as_json({key: value for key, value in vars(defaults).items() if key not in NOT_IDENTITY}) | recorded
+        return dict(json.loads((folder / 'config.json').read_text()))
 
 
 def difference(there: dict[str, Any], now: dict[str, Any]) -> str:
     """What differs first between two identities; '' if nothing does. A precision of 'auto' fits any."""
     for key in now | there:
-        if there.get(key) != now.get(key) and (key, now.get(key)) != ('precision', 'auto'):
+        before, after = there.get(key, NEWER.get(key)), now.get(key)
+        if before != after and (key, after) != ('precision', 'auto'):
             return ('the images or labels are not the same' if key == 'data'
-                    else f'{key} is {there.get(key)} there and {now.get(key)} now')
+                    else f'{key} is {before} there and {after} now')
     return ''
 
 
@@ -41,7 +42,7 @@ def seed_folders(folder: Path, run: str = '*') -> list[tuple[int, Path]]:
             if (seed := path.name.removeprefix('seed')).isdecimal()]
 
 
-def choose_folder(base: Path, identities: Mapping[str, dict], defaults: Constants) -> Path:
+def choose_folder(base: Path, identities: Mapping[str, dict]) -> Path:
     """The first of base, base-2, base-3 ... that is new or holds these runs."""
     for n in itertools.count(1):
         folder = base if n == 1 else base.with_name(f'{base.name}-{n}')
@@ -49,7 +50,7 @@ def choose_folder(base: Path, identities: Mapping[str, dict], defaults: Constant
         different = (f'{run}: {text}' for run, now in identities.items()
                      for _, path in seed_folders(folder, slug(run))
                      if any((path / name).exists() for name in ('config.json', 'checkpoint.pt', 'result.json'))
-                     and (text := difference(read_identity(path, defaults), now)))
+                     and (text := difference(read_identity(path), now)))
         if not (text := next(different, '')):
             return folder
         print(f'{folder} holds runs with other constants ({text}); it is left alone, using the next folder')
@@ -62,12 +63,12 @@ def claim(folder: Path, now: dict[str, Any]) -> None:
         write_atomically(folder / 'config.json', json.dumps(now, indent=1) + '\n')
 
 
-def same_runs(results: Path, now: dict[str, Any], defaults: Constants, seed: int | None = None) -> Iterator[Path]:
+def same_runs(results: Path, now: dict[str, Any], seed: int | None = None) -> Iterator[Path]:
     """The folders of finished runs of this identity below `results`, whichever experiment they belong to."""
     for found, path in seed_folders(results, '*/*'):
         try:
             if (seed in (None, found) and (path / 'result.json').exists()
-                    and not difference(read_identity(path, defaults), now)):
+                    and not difference(read_identity(path), now)):
                 yield path
         except DamagedFile:
             continue  # of another experiment: not ours to complain about

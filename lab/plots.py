@@ -175,7 +175,8 @@ def _number(accuracy: Accuracy | None) -> str:
 
 def _name_rows(panel: Axes, names: Sequence[str]) -> None:
     """One row per name, the first on top."""
-    panel.set_yticks(range(len(names)), [textwrap.fill(printable(name), 32) for name in names])
+    panel.set_yticks(range(len(names)), [textwrap.fill(printable(name), 32, max_lines=2, placeholder=' …')
+                                           for name in names])
     panel.set_ylim(len(names) - 0.5, -0.5)
     panel.tick_params(axis='y', length=0)
 

@@ -4,6 +4,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import assert_refused, convnet, pretrained
 
@@ -35,12 +36,62 @@ def test_constants_are_overridden_by_the_row_and_the_row_by_the_command_line():
 @pytest.mark.parametrize('script, constant, value', [
     (ex3_convnet, 'hidden_size', [4, 8]), (ex3_convnet, 'seeds', [0, 1]), (ex3_pretrained, 'layer_config', [512, 8])])
 def test_a_constant_may_be_edited_to_a_list_as_the_handout_has_it(script, constant, value):
-    source = Path(script.__file__).read_text(encoding='utf-8')
-    source, count = re.subn(rf'(    {constant}: .* = )\(.*?\)', rf'\g<1>{value}', source)
+    rows = read_edited(script, rf'(    {constant}: .* = )\(.*?\)', rf'\g<1>{value}')
+    assert {getattr(config, constant) for config in rows.values()} == {tuple(value)}
+
+
+def test_an_edit_that_would_go_unnoticed_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match='the constant batch_size needs its type: write batch_size: int = 20$'):
+        read_edited(ex3_convnet, 'batch_size: int = 200', 'batch_size = 20')
+    monkeypatch.setattr(ex3_convnet.Config, 'batch_size', 10)  # in a notebook
+    with pytest.raises(ValueError, match=re.escape("call main(['--batch-size', '10'])")):
+        read()
+
+
+def test_numbers_of_numpy_are_numbers(monkeypatch):
+    rows = {str(p): dict(dropout=p, crop_padding=np.int64(2), hidden_size=(np.int64(4),)) for p in np.arange(2) / 4}
+    monkeypatch.setitem(ex3_convnet.QUESTIONS, 'Q1', Question('?', rows))
+    assert [(config.dropout, config.crop_padding, config.hidden_size) for config in read().values()] == [
+        (0, 2, (4,)), (0.25, 2, (4,))]
+
+
+@pytest.mark.parametrize('question', [
+    {'a': {}}, Question('?', {}), Question('?', {0.1: dict(dropout=0.1)}), Question('?', {'a': None}),
+    Question('?', {'': {}}), Question('?', [{}])], ids=repr)
+def test_a_question_of_another_form_is_shown_what_one_looks_like(monkeypatch, question):
+    monkeypatch.setitem(ex3_convnet.QUESTIONS, 'mine', question)
+    with pytest.raises(ValueError, match=r"^mine must be a question .* such as Question\("):
+        read('--experiment', 'mine')
+
+
+def test_a_question_is_not_named_like_another_ones_second_folder(monkeypatch):
+    monkeypatch.setitem(ex3_convnet.QUESTIONS, 'Q1-2', Question('?', {'a': {}}))
+    with pytest.raises(ValueError, match='Q1-2 would share the folder Q1-2 with Q1'):
+        read('--experiment', 'Q1-2')
+
+
+def test_a_row_may_repeat_what_is_a_constant_anyway(monkeypatch):
+    rows = {'Adam': {}, 'SGD': dict(optimizer='SGD', schedule='decay')}
+    monkeypatch.setitem(ex3_convnet.QUESTIONS, 'Q1', Question('?', rows))
+    assert [config.schedule for config in read().values()] == ['decay', 'decay']
+    with pytest.raises(ValueError, match='Q1 compares values of schedule'):
+        read('--schedule', 'one-cycle')
+    with pytest.raises(ValueError, match='Q1 compares values of optimizer'):
+        read('--optimizer', 'SGD')
+
+
+def read_edited(script, pattern, replacement):
+    """run -> its constants, where the source of the script has been edited."""
+    source, count = re.subn(pattern, replacement, Path(script.__file__).read_text(encoding='utf-8'))
     edited = {'__name__': script.__name__, '__file__': script.__file__}
     exec(compile(source, script.__file__, 'exec'), edited)
-    rows = read_constants(script.__name__, edited['Config'](), edited['QUESTIONS'], [])[1]
-    assert count == 1 and {getattr(config, constant) for config in rows.values()} == {tuple(value)}
+    assert count == 1
+    return read_constants(script.__name__, edited['Config'](), edited['QUESTIONS'], [])[1]
+
+
+def test_options_in_a_call_may_be_one_text_or_values(tmp_path, capsys):
+    assert_refused(ex3_convnet.main('--experiment Q1 --num-epochs 0'), capsys, 'num_epochs must be between')
+    assert_refused(ex3_convnet.main(['--num-epochs', 0, '--results', tmp_path]), capsys, 'num_epochs must be between')
 
 
 @pytest.mark.parametrize('script, options, edited, words', [

@@ -83,7 +83,7 @@ def test_other_constants_get_a_folder_of_their_own_and_both_can_be_continued(run
     assert not (folder / 'Q1-3').exists()
 
 
-def test_a_constant_that_did_not_exist_yet_counts_as_its_default(run, folder):
+def test_a_constant_that_a_run_did_not_have_yet_is_another_run_unless_it_is_known_what_the_run_did(run, folder):
     run('--flip', 0.5)
     path = folder.parent / RUN / 'config.json'
     config = json.loads(path.read_text())
@@ -91,6 +91,9 @@ def test_a_constant_that_did_not_exist_yet_counts_as_its_default(run, folder):
     path.write_text(json.dumps(config))
     assert 'already finished' in run('--flip', 0.5)
     assert 'freeze_at is 1.0 there and 0.5 now' in run('--flip', 0.5, '--freeze-at', 0.5)
+    del config['cutout']  # as if it had been added since, to the script of a student
+    path.write_text(json.dumps(config))
+    assert 'cutout is None there and 0 now' in run('--flip', 0.5)
 
 
 @pytest.mark.parametrize('finished', [True, False])

@@ -16,6 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from tiny import RUN, assert_refused, assert_same_outcome, at_call, contents, convnet, outcome, pretrained, results_of
 
+import ex3_convnet
 import ex3_pretrained
 import training
 from datasets import cifar10
@@ -207,12 +208,21 @@ def test_a_run_whose_weights_cannot_be_had_any_more_keeps_what_it_has(tmp_path, 
     assert contents(run) == before and 'checkpoint.pt' in before
 
 
-def test_a_bug_is_not_disguised_as_a_users_error(tmp_path, monkeypatch):
-    def bug(*_args, **_kwargs):
-        raise RuntimeError('shapes do not match')
-    monkeypatch.setattr(training, 'train_epoch', bug)
-    with pytest.raises(RuntimeError, match='shapes do not match'):
+@pytest.mark.parametrize('bug, kind', [
+    (lambda: torch.ones(2) @ torch.ones(3), RuntimeError), (lambda: dict([(1, 2, 3)]), ValueError),
+    (lambda: torch.nn.Conv2d(3, 4, 3, groups=2), ValueError)], ids=['torch', 'python', 'raised by torch'])
+def test_a_bug_is_not_disguised_as_a_users_error(tmp_path, monkeypatch, bug, kind):
+    monkeypatch.setattr(training, 'train_epoch', lambda *_: bug())
+    with pytest.raises(kind):
         convnet(tmp_path)
+
+
+def test_a_picture_of_ones_own_that_does_not_return_its_path_is_named(tmp_path, monkeypatch, capsys):
+    def mine(_experiment):
+        pass
+    monkeypatch.setattr(ex3_convnet, 'PICTURES', {'Q1': [mine]})
+    assert convnet(tmp_path) == 1
+    assert 'by mine (TypeError: it does not return its path)' in capsys.readouterr().err
 
 
 # --- divergence ---------------------------------------------------------------------------------------------

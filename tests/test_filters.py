@@ -45,6 +45,15 @@ def test_filters_before_and_after_share_a_scale_and_the_change_has_its_own(tmp_p
     assert set(np.unique(image)) == {0.5, 1}
 
 
+def test_filters_of_one_channel_are_grey_and_what_cannot_be_shown_or_written_is_refused(tmp_path):
+    image = VisualizeFilter(nn.Sequential(nn.Conv2d(1, 20, 3)), tmp_path / 'f.png')
+    assert image.shape[2] == 3 and (image == image[..., :1]).all()
+    with pytest.raises(ValueError, match='these have 4'):
+        VisualizeFilter(nn.Sequential(nn.Conv2d(4, 20, 3)))
+    with pytest.raises(ValueError, match='must end in .png'):
+        VisualizeFilter(convolution(torch.ones(5, 3, 3, 3)), tmp_path / 'f.pdf')
+
+
 @pytest.mark.parametrize('number, change, message', [
     (None, True, 'same network before training'), (4, True, '4, 3, 3, 3.* before'), (4, False, '4, 3, 3, 3.* before')])
 def test_a_change_needs_a_network_before_and_two_networks_filters_of_one_shape(tmp_path, number, change, message):

@@ -182,6 +182,15 @@ def test_accuracies_are_dots_with_error_bars_one_row_a_run_with_the_first_on_top
     assert texts(panel).count('–') == 5  # crop has none, the others no test
 
 
+def test_names_of_a_hundred_characters_do_not_lie_on_each_other(tmp_path, drawn):
+    names = [f'{i}: Adam with batch norm, {"a learning rate of 0.001, " * 4}' for i in 'ab']
+    rows = {name: {'validation': Accuracy(80, 1)} for name in names}
+    plot_accuracies(rows, tmp_path / 'a.png', 'Q3a')
+    drawn[0].draw_without_rendering()
+    first, second = [label.get_window_extent() for label in drawn[0].axes[0].get_yticklabels()]
+    assert second.y1 <= first.y0 + 3
+
+
 def test_best_and_latest_are_joined_in_a_panel_for_each_set_on_one_scale(tmp_path, drawn):
     pairs = zip(*SERIES.values(), strict=True)
     rows = {run: {'validation': pair, 'test': (NONE, Accuracy(50, 1))} for run, pair in zip('ab', pairs, strict=True)}

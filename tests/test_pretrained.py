@@ -13,7 +13,7 @@ from torchvision.transforms.functional import normalize
 import ex3_pretrained
 import models.features
 from datasets.augment import Crop, Cutout, Flip
-from ex3_pretrained import QUESTIONS, Config
+from ex3_pretrained import QUESTIONS, Config, make_model
 from lab.files import read_csv
 from lab.progress import Progress
 from lab.results import Result
@@ -87,6 +87,21 @@ def test_features_are_computed_in_the_precision_asked_for_and_kept_in_fp32_and_t
     batches, _, seconds = ex3_pretrained.make_feature_batches(config, replace(DATA))
     assert seen == {precision == 'bf16'} and batches.split.images.dtype == torch.float32
     assert seconds == 7.5  # of those to train on
+
+
+def unfreeze_a_layer(config, device):
+    model = make_model(config, device)
+    next(reversed(list(model.features.parameters()))).requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize('name, own', [
+    ('augmentations', lambda _config: [Flip(0.5), Cutout(8)]), ('make_model', unfreeze_a_layer)])
+def test_a_frozen_run_that_changes_its_images_or_trains_more_layers_does_not_use_features(tmp_path, weights,
+                                                                                         monkeypatch, name, own):
+    monkeypatch.setattr(ex3_pretrained, 'make_feature_batches', None)  # whatever computes features fails
+    monkeypatch.setattr(ex3_pretrained, name, own)
+    assert pretrained(tmp_path, '--weights', weights, '--experiment', 'Q4a') == 0
 
 
 def test_training_on_features_equals_training_with_the_live_backbone_on_the_same_flips(tmp_path, weights):
