@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from datasets.batches import Split
@@ -104,9 +103,9 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
     seen = {folder.resolve()}
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        inside = {name: Path(place, name).resolve() for name in folders if not name.startswith('.')}
-        folders[:] = [name for name, target in inside.items() if target not in seen]  # links may lead in a circle
-        seen.update(inside.values())
+        inside = {Path(place, name).resolve(): name for name in sorted(folders) if not name.startswith('.')}
+        folders[:] = [name for target, name in inside.items() if target not in seen]  # links lead anywhere, also back
+        seen.update(inside)
         yield from (Path(place, name) for name in files if not name.startswith('.'))
 
 
@@ -125,10 +124,10 @@ def _read_images(paths: list[Path], title: str) -> tuple[Tensor, int, list[str]]
             reason = 'not an image' if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
             unreadable[i] = f'{paths[i]} ({reason})'
             return False
-        resize = image.shape[1:] != (32, 32)
-        if resize:
-            image = F.interpolate(image[None].float(), (32, 32), mode='bilinear', antialias=True)[0].round()
-        images[i] = image
+        resize = image.size != (32, 32)
+        if resize:  # by Pillow, which counts in integers: the same pixels on every processor
+            image = image.resize((32, 32), Image.Resampling.BILINEAR)
+        images[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return resize
 
     executor = ThreadPoolExecutor()
@@ -145,8 +144,8 @@ def _read_images(paths: list[Path], title: str) -> tuple[Tensor, int, list[str]]
     return images, resized, [unreadable[i] for i in sorted(unreadable)]
 
 
-def _decode(path: Path) -> Tensor:
-    """-> (3, H, W) uint8, upright, what is transparent white."""
+def _decode(path: Path) -> Image.Image:
+    """-> RGB, upright, what is transparent white."""
     with Image.open(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(('I', 'F')):
@@ -154,7 +153,7 @@ def _decode(path: Path) -> Tensor:
         elif image.mode in ('P', 'PA', 'LA', 'La', 'RGBA', 'RGBa') or 'transparency' in image.info:
             image = image.convert('RGBA')
             image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-        return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1)
+        return image.convert('RGB')
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -91,8 +91,8 @@ def summary(results: Sequence[Result]) -> str:
     count = min(result.validation_images for result in known)
     error = 100 * standard_error(statistics.mean(result.best_val_accuracy for result in known), count)
     return (f'{summary_table(results)}\n\nAccuracies in percent. With {count:,} validation images, one standard error '
-            f'of a validation accuracy is {error:.1f} points, and of the difference between two of them '
-            f'{math.sqrt(2) * error:.1f}: smaller differences may be chance.')
+            f'of a validation accuracy is {error:.1f} points, and of the difference between two of them at most '
+            f'{math.sqrt(2) * error:.1f}, since both see the same images: smaller differences may be chance.')
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:

@@ -118,6 +118,13 @@ def test_training_on_features_equals_training_with_the_live_backbone_on_the_same
         assert histories[0][column] == pytest.approx(histories[1][column], rel=1e-4), column
 
 
+def test_each_seed_starts_from_another_network_and_trains_with_its_own():
+    one, other = ask(ex3_pretrained, 'Q4a', '--seeds', '0', '1').runs
+    weights = [next(module for module in run.network.classifier if hasattr(module, 'weight')).weight
+               for run in (one, other)]
+    assert not torch.equal(*weights) and (one.seed, other.seed) == (0, 1)
+
+
 # --- results and pictures -----------------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ def test_the_summary_keeps_best_and_latest_apart_names_what_failed_and_says_what
     assert other[:2] == ['other (diverged)', '1'] and other[5:7] == ['0.0', '–']
     error = 100 * standard_error(0.72, 400)
     assert f'With 400 validation images, one standard error of a validation accuracy is {error:.1f} points' in note
-    assert f'difference between two of them {math.sqrt(2) * error:.1f}' in note
+    assert f'difference between two of them at most {math.sqrt(2) * error:.1f}' in note
     assert len({*map(len, rows)}) == 1  # readable as text, too
 
 
