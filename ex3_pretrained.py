@@ -119,11 +119,7 @@ def train(run: Run) -> None:
         model = make_model(config, run.device)
     except WeightsUnavailable as error:  # offline: the runs from scratch go on
         return run.not_run(str(error))
-    is_fixed = not any(weight.requires_grad for weight in model.features.parameters())
-    if is_fixed and all(isinstance(augmentation, Flip) for augmentation in augmentations(config)):
-        batches, evaluation, seconds = make_feature_batches(config, run.data)
-    else:
-        batches, evaluation, seconds = *make_batches(config, run.data), 0.0
+    batches, evaluation, seconds = choose_batches(config, model, run.data)
     scales = {'features.': config.backbone_lr_scale} if config.mode == 'fine-tuned' else {}
     optimizer = make_optimizer(config.optimizer, model, config.learning_rate, config.reg, scales)
     schedule = make_schedule(config.schedule, config.learning_rate, config.learning_rate_decay, config.num_epochs,
@@ -143,6 +139,14 @@ def make_model(config: Config, device: torch.device) -> VggModel:
     return model.to(device, memory_format=torch.channels_last)
 
 
+def choose_batches(config: Config, model: VggModel, data: Data) -> tuple[Batches, dict[str, Batches], float]:
+    """Batches of features where these never change (Q4a), else of images; and the seconds that features took."""
+    is_frozen = not any(weight.requires_grad for weight in model.features.parameters())
+    if is_frozen and all(isinstance(augmentation, Flip) for augmentation in augmentations(config)):
+        return make_feature_batches(config, data)  # which holds each image and its mirror image, nothing else
+    return *make_batches(config, data), 0.0
+
+
 def make_batches(config: Config, data: Data) -> tuple[Batches, dict[str, Batches]]:
     """(shuffled, augmented batches to train on, complete sets to evaluate on as they are: 'train', 'val', 'test')."""
     batches = normalised(data.train, config.batch_size, augmentations=augmentations(config), shuffle=True)
@@ -151,13 +155,18 @@ def make_batches(config: Config, data: Data) -> tuple[Batches, dict[str, Batches
 
 def augmentations(config: Config) -> list:
     """The augmentations whose constants are not zero, in the order in which they are applied."""
-    return [augmentation for strength, augmentation in (
-        (config.flip, Flip(config.flip)), (config.crop_padding, Crop(config.crop_padding)),
-        (config.cutout, Cutout(config.cutout))) if strength]
+    chosen = []
+    if config.flip:
+        chosen.append(Flip(config.flip))
+    if config.crop_padding:
+        chosen.append(Crop(config.crop_padding))
+    if config.cutout:
+        chosen.append(Cutout(config.cutout))
+    return chosen
 
 
 def make_feature_batches(config: Config, data: Data) -> tuple[Batches, dict[str, Batches], float]:
-    """The same, of features, and the seconds that those for training took (Q4a).
+    """Like `make_batches`, but of features; and the seconds that those for training took (Q4a).
 
     A frozen backbone always maps an image to the same features, so they are computed once: an epoch takes a moment.
     """

@@ -128,7 +128,8 @@ def evaluate_kept(model: nn.Module, history: History, folder: Path, evaluation: 
     without a whole epoch no best one. `model` ends up with the weights evaluated last. Raises DamagedFile.
     """
     accuracies = {}
-    for which in ['best', 'last'][:0 if not history.epochs else 1 if history.diverged else 2]:
+    kept = [] if not history.epochs else ['best'] if history.diverged else ['best', 'last']
+    for which in kept:
         if which == 'last' and history.best is history.epochs[-1]:  # the same weights
             return accuracies | {key.replace('best', 'last'): value for key, value in accuracies.items()}
         with reading(folder / f'{which}.pt'):
@@ -144,8 +145,10 @@ def evaluate_kept(model: nn.Module, history: History, folder: Path, evaluation: 
 
 def first_not_finite(losses: list[float], val_loss: float) -> str:
     """'step 17', 'validation' or '' where all losses are finite."""
-    bad_step = next((step for step, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
-    return f'step {bad_step}' if bad_step else '' if math.isfinite(val_loss) else 'validation'
+    for step, loss in enumerate(losses, 1):
+        if not math.isfinite(loss):
+            return f'step {step}'
+    return '' if math.isfinite(val_loss) else 'validation'
 
 
 def seed_everything(seed: int, epoch: int = 0) -> None:

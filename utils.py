@@ -38,8 +38,6 @@ def VisualizeFilter(model: nn.Module, path: str | Path | None = None, *, before:
     if filters[0].shape != filters[-1].shape:
         raise ValueError(f'`before` needs filters of the same number and size: {tuple(filters[0].shape)} before, '
                          f'{tuple(filters[-1].shape)} after')
-    if filters[0].shape[1] != 3:
-        raise ValueError(f'filters of 1 or 3 channels can be shown, these have {filters[0].shape[1]}')
     if path is not None and Path(path).suffix.lower() != '.png':
         raise ValueError(f'path must end in .png, got {str(path)!r}')
     limit = max(f.abs().max().item() for f in filters) or 1.0
@@ -77,9 +75,11 @@ def _save_filters(filters: Sequence[Tensor], limit: float, titles: Sequence[str]
 
 
 def _first_filters(model: nn.Module) -> Tensor:
-    """(N, C, k, k) float weights of the first convolution; C is 3 where it was 1."""
-    weight = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d)).weight
-    return weight.detach().float().cpu().expand(-1, max(3, weight.shape[1]), -1, -1)
+    """(N, 3, k, k) float weights of the first convolution; one channel is shown as grey."""
+    weight = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d)).weight.detach().float().cpu()
+    if weight.shape[1] not in (1, 3):
+        raise ValueError(f'filters of 1 or 3 channels can be shown, these have {weight.shape[1]}')
+    return weight.expand(-1, 3, -1, -1)
 
 
 def _tile(filters: Tensor, columns: int = 16) -> np.ndarray:

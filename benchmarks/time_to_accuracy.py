@@ -76,7 +76,7 @@ def main(argv: Sequence[str] = ()) -> int:
     folder = choose_folder(options.results, {recipe: identity(config, data, {}) for recipe, config in configs.items()})
     precision = options.precision
     if precision == 'auto':  # as it was begun, else the faster one
-        recorded = recorded_precision(folder, options.recipes[0], iter(()))
+        recorded = recorded_precision(folder, options.recipes[0])
         precision = recorded[0] if recorded else pick_precision('auto', device)[0]
     if measured_in and precision != measured_in:  # on another processor of the same name, say
         raise ValueError(f'{speed} was measured in {measured_in}, not in {precision}: {ADVICE}')
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] = ()) -> int:
 
 
 def usual_ratio(path: Path) -> tuple[float, str]:
-    """(How many times as fast as the usual script Q1 trains, in which precision), as training_speed.py has measured.
+    """(speed of Q1 over that of the usual script, precision of Q1), as training_speed.py measured them.
 
     Raises ValueError for a file that does not say so.
     """

@@ -104,7 +104,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
     seen = {folder.resolve()}
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         inside = {Path(place, name).resolve(): name for name in sorted(folders) if not name.startswith('.')}
-        folders[:] = [name for target, name in inside.items() if target not in seen]  # links lead anywhere, also back
+        folders[:] = [name for target, name in inside.items() if target not in seen]  # links may meet, or lead back
         seen.update(inside)
         yield from (Path(place, name) for name in files if not name.startswith('.'))
 
@@ -145,7 +145,7 @@ def _read_images(paths: list[Path], title: str) -> tuple[Tensor, int, list[str]]
 
 
 def _decode(path: Path) -> Image.Image:
-    """-> RGB, upright, what is transparent white."""
+    """-> RGB, upright, transparent parts white."""
     with Image.open(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(('I', 'F')):

@@ -16,7 +16,7 @@ from lab.history import Epoch, History
 from lab.progress import Progress
 
 SECONDS_BETWEEN_SAVES = 10  # at least,
-TIMES_AS_LONG = 20  # and so many times as long as saving takes
+TIMES_AS_LONG = 20  # and this many times as long as a save takes
 
 
 class Average:
@@ -78,7 +78,7 @@ class Checkpoint:
                     self._save()
                 raise
         if kind is None and self.history.epochs:
-            self._write(self.history)
+            self._write_history(self.history)
             if not self.history.diverged:
                 save_tensors(self.judged.state_dict(), self.folder / 'last.pt')
 
@@ -108,10 +108,10 @@ class Checkpoint:
     def _show(self, history: History) -> None:
         """Write history.csv, unless another program has it open, and draw curves.png."""
         with suppress(PermissionError):  # Excel, on Windows; at the end of the run it must be written
-            self._write(history)
+            self._write_history(history)
         self.progress.draw(history, self.folder)
 
-    def _write(self, history: History) -> None:
+    def _write_history(self, history: History) -> None:
         write_atomically(self.folder / 'history.csv', to_csv(Epoch, history.epochs))
 
     def _load(self, state: dict) -> None:

@@ -46,7 +46,7 @@ RANGES = {
 
 
 def lists_as_tuples(kind: type) -> type:
-    """Class decorator: a constant edited to a list, [128, 512], becomes a tuple, for dataclasses refuse lists."""
+    """Class decorator: a constant edited to a list, [128, 512], becomes a tuple, because dataclasses refuse lists."""
     for key, value in list(vars(kind).items()):
         if isinstance(value, list):
             setattr(kind, key, tuple(value))
@@ -79,20 +79,12 @@ def read_constants(script: str, constants: Config, questions: Mapping[str, Quest
     if name not in questions:
         raise ValueError(f'experiment must be one of {", ".join(questions)}, got {name!r}')
     if first := next((one for one in questions if re.fullmatch(rf'{re.escape(one)}-\d+', name)), ''):
-        raise ValueError(f'{name} would share the folder {name} with {first}, whose next folder it is: rename it')
+        raise ValueError(f"{name} is also the name of {first}'s next results folder: rename it")
     table = _check_table(name, questions[name], {one.name for one in fields(constants)})
     rows = {run: read(row) for run, row in table.items()}
     for config in rows.values():
         _check_ranges(config, RANGES | dict(ranges or {}))
-    for key in {key: None for row in table.values() for key in row}:
-        compared = len({repr(row.get(key)) for row in table.values()}) > 1
-        values = {repr(getattr(config, key)) for config in rows.values()}
-        renamed = any(row.get(key) == run != getattr(rows[run], key) for run, row in table.items())
-        lost = (any(key in row and repr(row[key]) not in values for row in table.values())
-                or len(set(map(repr, rows.values()))) < len(rows))  # a row's value, or what makes it another run
-        if renamed or compared and lost and len(values) == 1:
-            raise ValueError(f'{name} compares values of {key}, but the command line or the constants make it '
-                             f'{values.pop()} in every run: leave {key} alone, or choose another experiment')
+    _check_compared(name, table, rows)
     return name, rows
 
 
@@ -138,12 +130,12 @@ def _check_class(kind: type) -> None:
         if key not in constants:
             raise ValueError(f'the constant {key} needs its type: write {key}: {type(value).__name__} = {value!r}')
         if repr(value) != repr(constants[key]):
-            raise ValueError(f'Config.{key} = {value!r} came too late to count: edit the script, or call '
-                             f"main(['--{key.replace('_', '-')}', '{value}'])")
+            raise ValueError(f'Config.{key} = {value!r} came too late to count: edit the script, or give main the '
+                             f'option --{key.replace("_", "-")}')
 
 
 def _check_table(name: str, question: Question, constants: set[str]) -> Mapping[str, Mapping]:
-    """A question's rows; ValueError for what is none, sets what is not a constant of a run, or would share a folder."""
+    """A question's rows; ValueError where it has none, one sets what is no constant of a run, or two share a folder."""
     table = getattr(question, 'rows', None)
     if not (isinstance(table, Mapping) and table and all(
             isinstance(run, str) and slug(run) and isinstance(row, Mapping) for run, row in table.items())):
@@ -162,16 +154,30 @@ def _check_table(name: str, question: Question, constants: set[str]) -> Mapping[
     return table
 
 
+def _check_compared(name: str, table: Mapping[str, Mapping], rows: Mapping[str, Any]) -> None:
+    """Raise ValueError where the command line or a constant has undone what a question compares."""
+    alike = len(set(map(repr, rows.values()))) < len(rows)  # two rows have become the same run
+    for key in dict.fromkeys(key for row in table.values() for key in row):
+        values = {repr(getattr(config, key)) for config in rows.values()}
+        compared = len({repr(row.get(key)) for row in table.values()}) > 1
+        overridden = [run for run, row in table.items() if key in row and row[key] != getattr(rows[run], key)]
+        misnamed = any(table[run][key] == run for run in overridden)  # 'frozen', but not frozen any more
+        if misnamed or compared and len(values) == 1 and (overridden or alike):
+            raise ValueError(f'{name} compares values of {key}, but the command line or the constants make it '
+                             f'{values.pop()} in every run: leave {key} alone, or choose another experiment')
+
+
 def typed(config: Config) -> Config:
-    """The constants as they were edited, lists as tuples; ValueError for one of a wrong type (tyro checks options)."""
+    """The constants with lists as tuples, text as paths, NumPy's numbers as Python's; ValueError for a wrong type."""
     kinds = get_type_hints(type(config))
 
-    def read(value: Any, kind: Any) -> Any:
-        if isinstance(value, np.generic):  # of np.linspace, say
-            value = value.item()
-        return (tuple(read(item, None) for item in value) if isinstance(value, list | tuple)
-                else Path(value) if kind is Path and isinstance(value, str) else value)
-    config = replace(config, **{key: read(value, kinds[key]) for key, value in vars(config).items()})
+    def plain(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(map(plain, value))
+        return value.item() if isinstance(value, np.generic) else value  # of np.linspace, say
+
+    config = replace(config, **{key: Path(value) if kinds[key] is Path and isinstance(value, str) else plain(value)
+                                for key, value in vars(config).items()})
     for key, value in vars(config).items():
         try:
             check_type(value, kinds[key], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)

@@ -21,20 +21,22 @@ def ends_in_a_sentence(main: Main) -> Main:
     """Decorator: `main` returns an exit status, whatever a user does.
 
     0: nothing failed; 1: a run diverged or could not be done, or a picture could not be drawn; 2: wrong input, no room,
-    no memory, a GPU that fails; 130 or 143: interrupted. What only a bug can cause still raises.
+    no memory, a GPU that fails; 130 or 143: interrupted. What only a bug can cause still raises. `argv` may be one
+    text, or hold numbers and paths.
     """
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] = ()) -> int:
         name = Path(main.__globals__['__file__']).stem
         with redirect_stdout(Console(sys.stdout)), redirect_stderr(Console(sys.stderr)):
+            words = shlex.split(argv) if isinstance(argv, str) else argv  # in a notebook: main('--seeds 0 1')
             try:
                 with _signals_as_exceptions():
-                    return main([*map(str, shlex.split(argv) if isinstance(argv, str) else argv)])
+                    return main([str(word) for word in words])
             except KeyboardInterrupt as stop:
                 print('\nInterrupted. Run the same command again to continue.', file=sys.stderr)
                 return 128 + (stop.args[0] if stop.args else signal.SIGINT)
             except ValueError as error:  # what a user can cause and can fix
-                if not _was_foreseen(error):
+                if not _is_refusal(error):
                     raise
                 message = str(error)
             except OSError as error:  # no space, no permission, a file where a folder should be
@@ -53,11 +55,11 @@ def ends_in_a_sentence(main: Main) -> Main:
     return wrapped
 
 
-def _was_foreseen(error: Exception) -> bool:
-    """Whether a `raise` of this project is where it comes from, rather than a bug, in a layer of your own perhaps."""
-    origin = traceback.extract_tb(error.__traceback__)[-1]
-    return (origin.line or '').startswith('raise ') and 'site-packages' not in origin.filename and (
-        Path(origin.filename).is_relative_to(Path(__file__).parents[1]))
+def _is_refusal(error: ValueError) -> bool:
+    """Whether a `raise` statement of this project is its origin: Python and torch raise ValueError for bugs, too."""
+    origin, project = traceback.extract_tb(error.__traceback__)[-1], Path(__file__).parents[1]
+    is_ours = Path(origin.filename).is_relative_to(project) and 'site-packages' not in origin.filename  # as in .venv
+    return is_ours and (origin.line or '').startswith('raise ')
 
 
 def drawn(draw: Callable[..., Path], *arguments: Any, **options: Any) -> Path | None:

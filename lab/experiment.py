@@ -113,14 +113,13 @@ class Experiment:
         first = next(filter(None, recorded.values()), None)  # what is compared has one precision
         used: dict[str, tuple[str, str]] = {}
         for run, config in self.rows.items():
-            if config.precision == 'auto' and first:
-                precision, path = recorded[run] or first
-                if precision not in used:
-                    used[precision] = pick_precision(precision, self.device, f'as in {path}')
-            else:
-                if config.precision not in used:
-                    used[config.precision] = pick_precision(config.precision, self.device)
-                precision = used[config.precision][0]
+            wanted, why = config.precision, 'as asked'
+            if wanted == 'auto' and first:
+                wanted, path = recorded[run] or first
+                why = f'as in {path}'
+            if wanted not in used:
+                used[wanted] = pick_precision(wanted, self.device, why)
+            precision = used['auto'][0] if wanted == 'auto' else wanted
             self.rows[run] = replace(config, precision=precision)
             self.identities[run]['precision'] = precision
         print(f'device: {describe_device(self.device)}; precision: '

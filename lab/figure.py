@@ -54,7 +54,7 @@ def printable(text: str) -> str:
 
 
 def new_figure(width: float, height: float, title: Title | str) -> Figure:
-    """A figure of so many inches, and above them the title, wrapped to the width; the layout keeps out of it."""
+    """`width` x `height` inches, and above them the title, wrapped to the width; the layout keeps out of it."""
     figure = Figure(figsize=(width, height))
     renderer = FigureCanvasAgg(figure).get_renderer()
     margin, top, texts = 0.12, 0.1, []

@@ -37,7 +37,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 def _replace(source: Path, target: Path) -> None:
-    """os.replace, which Windows refuses while another program has the target open: a virus scanner has it soon done."""
+    """os.replace, which Windows refuses while another program has the target open: a virus scanner soon lets go."""
     for seconds in (0.1, 0.3, 1):
         try:
             return os.replace(source, target)
@@ -62,7 +62,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def save_tensors(value: dict, path: Path) -> None:
-    """torch.save, but whole or not at all, and from the CPU: what a GPU trained is loaded where there is none, too."""
+    """torch.save, but whole or not at all, and of CPU tensors: what a GPU trained also loads where there is none."""
     buffer = io.BytesIO()
     torch.save(each_tensor(Tensor.cpu, value), buffer)
     write_atomically(path, buffer.getbuffer())

@@ -1,7 +1,7 @@
 """Which run it is: its constants, the content of its data and files. Two runs of the same identity are the same run."""
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ from lab.files import DamagedFile, reading, write_atomically
 
 # Constants that do not change what a run is. `data` does, by its content; `data_root` only says where it was found.
 NOT_IDENTITY = ('experiment', 'results', 'seeds', 'device', 'data_root')
-NEWER = {'normalisation': 'half', 'whiten': False, 'freeze_at': 1.0, 'crop_border': 'zeros'}  # than some results
+# What runs did that were made before these constants existed.
+ADDED_LATER = {'normalisation': 'half', 'whiten': False, 'freeze_at': 1.0, 'crop_border': 'zeros'}
 
 
 def identity(config: Constants, data: Data, known_by: Mapping[str, Any]) -> dict[str, Any]:
     """The constants that say which run it is, as JSON gives them back. known_by: replaces files by their content."""
-    return _as_json({key: value for key, value in vars(config).items() if key not in NOT_IDENTITY}
-                    | {'data': f'SHA256 {data.content}'} | dict(known_by))
+    constants = {key: value for key, value in vars(config).items() if key not in NOT_IDENTITY}
+    return json.loads(json.dumps(constants | {'data': f'SHA256 {data.content}'} | dict(known_by), default=str))
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def read_identity(folder: Path) -> dict[str, Any]:
 def difference(there: dict[str, Any], now: dict[str, Any]) -> str:
     """What differs first between two identities; '' if nothing does. A precision of 'auto' fits any."""
     for key in now | there:
-        before, after = there.get(key, NEWER.get(key)), now.get(key)
+        before, after = there.get(key, ADDED_LATER.get(key)), now.get(key)
         if before != after and (key, after) != ('precision', 'auto'):
             return ('the images or labels are not the same' if key == 'data'
                     else f'{key} is {before} there and {after} now')
@@ -74,15 +75,12 @@ def same_runs(results: Path, now: dict[str, Any], seed: int | None = None) -> It
             continue  # of another experiment: not ours to complain about
 
 
-def recorded_precision(folder: Path, run: str, others: Iterator[Path]) -> tuple[str, Path] | None:
+def recorded_precision(folder: Path, run: str, others: Iterable[Path] = ()) -> tuple[str, Path] | None:
     """(precision, where it stands) of a run that was begun in `folder`, else of its other runs, else of `others`."""
     begun = [path for pattern in (slug(run), '*') for _, path in seed_folders(folder, pattern)
              if (path / 'config.json').exists()]
     for path in itertools.chain(begun, others):
         with reading(path / 'config.json'):
-            return json.loads((path / 'config.json').read_text())['precision'], path
+            return read_identity(path)['precision'], path
     return None
 
-
-def _as_json(constants: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(constants, default=str))

@@ -15,8 +15,8 @@ from matplotlib.ticker import MaxNLocator
 from lab.figure import COLOURS, INK, Title, new_figure, own_style, printable, save_figure
 
 DASHED = (0, (4, 2))
-SETS = {'training': dict(color=COLOURS[0], marker='o', markerfacecolor='white'),
-        'validation': dict(color=COLOURS[1], marker='o'), 'test': dict(color=COLOURS[2], marker='D')}
+LOOKS = {'training': dict(color=COLOURS[0], marker='o', markerfacecolor='white'),
+         'validation': dict(color=COLOURS[1], marker='o'), 'test': dict(color=COLOURS[2], marker='D')}
 SYMBOLS = {'training': '○', 'validation': '●', 'test': '◆'}
 ERRORS = 'Error bars: ± one standard deviation over seeds; with one seed, one standard error of the evaluated images.'
 
@@ -145,21 +145,21 @@ def _key(figure: Figure, longest: int, seeds: int, banded: bool, spikes: Sequenc
 # --- accuracies ---------------------------------------------------------------------------------------------
 
 
-def _dots(panel: Axes, x: Sequence, y: Sequence, accuracies: Sequence[Accuracy], name: str, *, vertical: bool,
-          **look: Any) -> None:
-    """Accuracies as dots with error bars, which are horizontal or vertical; what is NaN is left out.
+def _dots(panel: Axes, places: Sequence[float], accuracies: Sequence[Accuracy], name: str, *,
+          horizontal: bool = False, **look: Any) -> None:
+    """Accuracies with error bars: above `places`, joined from left to right, or beside them. NaN is left out."""
+    means, errors = ([getattr(one, field) for one in accuracies] for field in Accuracy._fields)
+    errors = np.nan_to_num(errors)
+    look = dict(label=name, markersize=6, linewidth=1.4) | LOOKS.get(name, dict(color=INK, marker='s')) | look
+    if horizontal:
+        panel.errorbar(means, places, xerr=errors, linestyle='', **look)
+    else:
+        order = np.argsort(places, kind='stable')
+        panel.errorbar(np.take(places, order), np.take(means, order), yerr=errors[order], **look)
 
-    Dots with vertical bars are joined from left to right.
-    """
-    if vertical:
-        x, y, accuracies = zip(*sorted(zip(x, y, accuracies, strict=True), key=lambda dot: dot[0]), strict=True)
-    errors = np.nan_to_num([accuracy.error for accuracy in accuracies])
-    panel.errorbar(x, y, **{'yerr' if vertical else 'xerr': errors}, label=name, markersize=6, linewidth=1.4,
-                   **SETS.get(name, dict(color=INK, marker='s')) | look)
 
-
-def _apart(values: Sequence[float], most: int) -> list[float]:
-    """The values in order, without those nearer to the one before than a `most`-th of their range: for ticks."""
+def _ticks(values: Sequence[float], most: int) -> list[float]:
+    """The values from left to right, leaving out those within 1/`most` of their range of the last one kept."""
     kept = []
     for value in sorted(values):
         if not kept or value - kept[-1] > (max(values) - min(values)) / most:
@@ -181,11 +181,11 @@ def _name_rows(panel: Axes, names: Sequence[str]) -> None:
     panel.tick_params(axis='y', length=0)
 
 
-def _legend(figure: Figure, panel: Axes, note: str, **handles: Any) -> None:
-    """Below the panels, where it covers nothing: a note, and what is drawn how."""
-    handles = handles or dict(zip(('handles', 'labels'), panel.get_legend_handles_labels(), strict=True))
-    columns = 4 if figure.get_figwidth() > 7 else 2
-    figure.legend(loc='outside lower left', ncols=columns, title=note, title_fontsize=8, alignment='left', **handles)
+def _legend(figure: Figure, panel: Axes | None, note: str) -> None:
+    """Below the panels, where it covers nothing: a note and, of a panel that is given, what is drawn how."""
+    entries = panel.get_legend_handles_labels() if panel else ([], [])
+    figure.legend(*entries, loc='outside lower left', ncols=4 if figure.get_figwidth() > 7 else 2, title=note,
+                  title_fontsize=8, alignment='left')
 
 
 @own_style()
@@ -200,11 +200,10 @@ def plot_accuracies(rows: Mapping[str, Mapping[str, Accuracy]], path: Path, titl
     for column, name in enumerate(sets):
         shift = 0.16 * (column - (len(sets) - 1) / 2)  # or one set's error bar would lie on another's
         there = [(row, sets_of_run[name]) for row, sets_of_run in enumerate(rows.values()) if name in sets_of_run]
-        _dots(panel, [accuracy.mean for _, accuracy in there], [row + shift for row, _ in there],
-              [accuracy for _, accuracy in there], name, vertical=False, linestyle='')
+        _dots(panel, [row + shift for row, _ in there], [accuracy for _, accuracy in there], name, horizontal=True)
         beside = dict(xycoords=panel.get_yaxis_transform(), textcoords='offset points', ha='center',
                       annotation_clip=False)
-        colour = SETS.get(name, {}).get('color', INK)
+        colour = LOOKS.get(name, {}).get('color', INK)
         panel.annotate(f'{SYMBOLS.get(name, "■")} {name}', (1, -0.5), (50 + 86 * column, 5), color=colour,
                        fontweight='bold', **beside)
         for row, accuracies in enumerate(rows.values()):
@@ -212,7 +211,7 @@ def plot_accuracies(rows: Mapping[str, Mapping[str, Accuracy]], path: Path, titl
     _name_rows(panel, list(rows))
     panel.set_xlabel('accuracy (%)')
     panel.xaxis.set_major_locator(MaxNLocator('auto', steps=[1, 2, 5, 10]))
-    _legend(figure, panel, ERRORS, handles=[])
+    _legend(figure, None, ERRORS)
     return save_figure(figure, path)
 
 
@@ -237,9 +236,8 @@ def plot_best_and_latest(rows: Mapping[str, Mapping[str, tuple[Accuracy, Accurac
                                ha='center', va='bottom', fontsize=9)
         for which, look in enumerate((dict(marker='o', color=COLOURS[1]),
                                       dict(marker='s', color=COLOURS[0], markerfacecolor='white'))):
-            _dots(panel, [pair[which].mean for _, pair in pairs], [row + (-0.08, 0.08)[which] for row, _ in pairs],
-                  [pair[which] for _, pair in pairs], ('best on validation', 'latest')[which], vertical=False,
-                  linestyle='', **look)
+            _dots(panel, [row + (-0.08, 0.08)[which] for row, _ in pairs], [pair[which] for _, pair in pairs],
+                  ('best on validation', 'latest')[which], horizontal=True, **look)
         panel.set(title=name, xlabel='accuracy (%)')
         _name_rows(panel, list(rows))
     middles = [sum(panel.get_xlim()) / 2 for panel in panels]
@@ -264,11 +262,11 @@ def plot_strengths(panels: Mapping[str, tuple[Sequence[float], Mapping[str, Sequ
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
     for (augmentation, (strengths, series)), axes in zip(panels.items(), grid, strict=False):
         for name, accuracy in level.items():
-            axes.axhline(accuracy.mean, color=SETS.get(name, {}).get('color', INK), linestyle=':', linewidth=1.4,
+            axes.axhline(accuracy.mean, color=LOOKS.get(name, {}).get('color', INK), linestyle=':', linewidth=1.4,
                          label=f'{name}, without augmentation')
         for name, accuracies in series.items():
-            _dots(axes, strengths, [accuracy.mean for accuracy in accuracies], accuracies, name, vertical=True)
-        axes.set(title=augmentation, xlabel='strength', xticks=_apart(strengths, 6))
+            _dots(axes, strengths, accuracies, name)
+        axes.set(title=augmentation, xlabel='strength', xticks=_ticks(strengths, 6))
         axes.margins(x=0.12)
         if axes.get_subplotspec().is_first_col():
             axes.set_ylabel('accuracy (%)')
@@ -285,8 +283,8 @@ def plot_against(x: Sequence[float], series: Mapping[str, Sequence[Accuracy]], p
     figure = new_figure(7.5, 4.3, title)
     panel = figure.subplots()
     for name, accuracies in series.items():
-        _dots(panel, x, [accuracy.mean for accuracy in accuracies], accuracies, name, vertical=True)
+        _dots(panel, x, accuracies, name)
     panel.axhline(chance, color=INK, linestyle=':', linewidth=1.4, label=f'chance: {chance:.3g}%')
-    panel.set(xlabel=xlabel, ylabel='accuracy (%)', xticks=_apart(x, 16), ylim=(0, None))
+    panel.set(xlabel=xlabel, ylabel='accuracy (%)', xticks=_ticks(x, 16), ylim=(0, None))
     _legend(figure, panel, ERRORS)
     return save_figure(figure, path)

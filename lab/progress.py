@@ -18,7 +18,7 @@ PATIENCE_OF_A_PERSON = 20 * 60  # seconds, after which something quicker is sugg
 
 
 class Progress:
-    """Of one run. label: 'plain, seed 0'; later_epochs: of the runs after it, for the estimate of the time;
+    """What one run shows. label: 'plain, seed 0'; later_epochs: of the runs after it, for the estimate of the time;
     sooner: what to try where that is long.
     """
 

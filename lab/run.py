@@ -40,11 +40,11 @@ class Run:
 
     def begin(self, model: nn.Module) -> bool:
         """Note what is to be trained -> whether its size is a new one."""
-        sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
-                 for trainable in (False, True)]
-        self.result = self._new_result(parameters=sizes[0], trainable=sizes[1])
-        is_new = sizes[1] not in self.sizes
-        self.sizes.add(sizes[1])
+        parameters = sum(weight.numel() for weight in model.parameters())
+        trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        self.result = self._new_result(parameters=parameters, trainable=trainable)
+        is_new = trainable not in self.sizes
+        self.sizes.add(trainable)
         return is_new
 
     def finish(self, history: History, accuracies: Mapping[str, float], seconds: float = 0.0) -> None:

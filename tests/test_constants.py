@@ -44,7 +44,7 @@ def test_an_edit_that_would_go_unnoticed_is_refused(monkeypatch):
     with pytest.raises(ValueError, match='the constant batch_size needs its type: write batch_size: int = 20$'):
         read_edited(ex3_convnet, 'batch_size: int = 200', 'batch_size = 20')
     monkeypatch.setattr(ex3_convnet.Config, 'batch_size', 10)  # in a notebook
-    with pytest.raises(ValueError, match=re.escape("call main(['--batch-size', '10'])")):
+    with pytest.raises(ValueError, match='the option --batch-size$'):
         read()
 
 
@@ -66,7 +66,7 @@ def test_a_question_of_another_form_is_shown_what_one_looks_like(monkeypatch, qu
 
 def test_a_question_is_not_named_like_another_ones_second_folder(monkeypatch):
     monkeypatch.setitem(ex3_convnet.QUESTIONS, 'Q1-2', Question('?', {'a': {}}))
-    with pytest.raises(ValueError, match='Q1-2 would share the folder Q1-2 with Q1'):
+    with pytest.raises(ValueError, match="Q1-2 is also the name of Q1's next results folder"):
         read('--experiment', 'Q1-2')
 
 

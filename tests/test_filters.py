@@ -48,8 +48,9 @@ def test_filters_before_and_after_share_a_scale_and_the_change_has_its_own(tmp_p
 def test_filters_of_one_channel_are_grey_and_what_cannot_be_shown_or_written_is_refused(tmp_path):
     image = VisualizeFilter(nn.Sequential(nn.Conv2d(1, 20, 3)), tmp_path / 'f.png')
     assert image.shape[2] == 3 and (image == image[..., :1]).all()
-    with pytest.raises(ValueError, match='these have 4'):
-        VisualizeFilter(nn.Sequential(nn.Conv2d(4, 20, 3)))
+    for channels in (2, 4):
+        with pytest.raises(ValueError, match=f'these have {channels}'):
+            VisualizeFilter(nn.Sequential(nn.Conv2d(channels, 20, 3)))
     with pytest.raises(ValueError, match='must end in .png'):
         VisualizeFilter(convolution(torch.ones(5, 3, 3, 3)), tmp_path / 'f.pdf')
 
