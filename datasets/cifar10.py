@@ -1,5 +1,6 @@
 """Which images are used, CIFAR-10 or what stands in for it, and how they are split."""
 import hashlib
+import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ def load(data: str, data_root: Path, num_training: int, num_validation: int) -> 
     'auto' is CIFAR-10 if it is in `data_root` or can be downloaded, else the shapes. Raises ValueError when CIFAR-10
     is asked for and cannot be had, or is there and damaged, and for an image folder that does not fit.
     """
-    name, source, banner, notes = data, 'CIFAR-10', '', []
+    name, source, content, banner, notes = data, 'CIFAR-10', '', '', []
     if data in ('auto', 'cifar10', 'shapes') and Path(data, 'train').is_dir():
         notes.append(f'{data} is not the image folder {data}: for that, set data to ./{data}')
     if data in ('auto', 'cifar10'):
@@ -55,6 +56,7 @@ def load(data: str, data_root: Path, num_training: int, num_validation: int) -> 
     if name == 'shapes':
         source, classes = 'built-in shapes (not CIFAR-10)', shapes.CLASSES
         pool, test = Split(*shapes.make_shapes(2000, seed=0)), Split(*shapes.make_shapes(1000, seed=1))
+        content = hashlib.sha256(f'{shapes.VERSION}, {len(pool)} and {len(test)} images'.encode()).hexdigest()
     elif name != 'cifar10':
         root = Path(data).expanduser().resolve()
         if not root.is_dir():
@@ -66,7 +68,8 @@ def load(data: str, data_root: Path, num_training: int, num_validation: int) -> 
         classes, pool, test, notes = load_folder(root)
     train, val = split(pool, num_training, num_validation)
     notes += _remarks(classes, pool, train, val)
-    return Data(source, tuple(classes), train, val, test, content_of(classes, pool, test), banner, tuple(notes))
+    return Data(source, tuple(classes), train, val, test, content or content_of(classes, pool, test), banner,
+                tuple(notes))
 
 
 def split(pool: Split, num_training: int, num_validation: int) -> tuple[Split, Split]:
@@ -111,13 +114,15 @@ def _load_cifar10(root: Path) -> tuple[Sequence[str], Split, Split]:
     try:
         train = CIFAR10(root, train=True)
     except RuntimeError:
-        state = f'is damaged in {root}' if (root / CIFAR10.base_folder).exists() else f'is not in {root}'
+        damaged = (root / CIFAR10.base_folder).exists()
         try:
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / 'cifar-10-download.lock'), network_timeout():  # the others find it downloaded
                 train = CIFAR10(root, train=True, download=True)
         except (OSError, RuntimeError, HTTPException) as error:
-            remedy = 'run datasets/get_datasets.sh (a mirror may be faster: datasets/get_datasets.sh URL)'
+            state = f'is damaged in {root}' if damaged else f'is not in {root}'
+            remedy = f'delete {root / CIFAR10.base_folder}, then ' if damaged else ''
+            remedy += 'run datasets/get_datasets.sh (a mirror may be faster: datasets/get_datasets.sh URL)'
             if root.resolve() != HERE:
                 remedy += f' and set data_root to {HERE}, where it unpacks'
             raise RuntimeError(f'CIFAR-10 {state} and could not be downloaded ({error}): {remedy}') from error
@@ -127,7 +132,7 @@ def _load_cifar10(root: Path) -> tuple[Sequence[str], Split, Split]:
 
 
 def _refuse_cifar10_itself(folder: Path) -> None:
-    if (folder / 'data_batch_1').is_file():
+    if os.path.isfile(folder / 'data_batch_1'):  # no error where one may not look
         raise ValueError(f"{folder} is CIFAR-10 itself: set data to 'cifar10' and data_root to {folder.parent}, "
                          f'the folder that holds {CIFAR10.base_folder}')
 

@@ -120,6 +120,8 @@ def _read_images(paths: list[Path], title: str) -> tuple[Tensor, int, list[str]]
     def read(i: int) -> bool:
         try:
             image = _decode(paths[i])
+        except MemoryError:
+            raise
         except Exception as error:  # whatever a damaged image makes Pillow raise
             reason = 'not an image' if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
             unreadable[i] = f'{paths[i]} ({reason})'

@@ -62,7 +62,7 @@ trap 'rm -rf .unpacking' EXIT  # unpacked elsewhere, then moved: a folder that i
 trap 'exit 130' INT
 rm -rf .unpacking
 mkdir .unpacking
-tar -xzf $archive -C .unpacking && mv .unpacking/$data $data ||
+tar -xzof $archive -C .unpacking && mv .unpacking/$data $data ||
     fail "could not unpack $PWD/$archive, although its checksum is right: is the disk full?"
 rm $archive
 echo "CIFAR-10 is in $PWD/$data."

@@ -19,7 +19,7 @@ from lab.constants import Constants, Question, differences, slug, typed
 from lab.device import describe_device, pick_device, pick_precision
 from lab.errors import drawn
 from lab.figure import Title
-from lab.files import load_tensors, reading, to_csv, write_atomically
+from lab.files import DamagedFile, load_tensors, reading, to_csv, write_atomically
 from lab.history import History
 from lab.identity import NOT_IDENTITY, choose_folder, claim, identity, recorded_precision, same_runs, seed_folders
 from lab.notebook import show
@@ -158,7 +158,7 @@ class Experiment:
             self.held.close()
             skipped.add((run.name, run.seed))
             if self._to_do() and time.monotonic() - self.tabled_at > SECONDS_BETWEEN_TABLES:
-                with self.shared, suppress(OSError):  # open in Excel, perhaps: at the end it must be written
+                with self.shared, suppress(OSError, DamagedFile):  # open in Excel, say: at the end it must be written
                     self._collect()
                     self._tabulate()
 

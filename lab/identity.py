@@ -1,6 +1,7 @@
 """Which run it is: its constants, the content of its data and files. Two runs of the same identity are the same run."""
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,17 +45,25 @@ def seed_folders(folder: Path, run: str = '*') -> list[tuple[int, Path]]:
 
 
 def choose_folder(base: Path, identities: Mapping[str, dict]) -> Path:
-    """The first of base, base-2, base-3 ... that is new or holds these runs."""
-    for n in itertools.count(1):
-        folder = base if n == 1 else base.with_name(f'{base.name}-{n}')
-        folder.mkdir(parents=True, exist_ok=True)
-        different = (f'{run}: {text}' for run, now in identities.items()
-                     for _, path in seed_folders(folder, slug(run))
-                     if any((path / name).exists() for name in ('config.json', 'checkpoint.pt', 'result.json'))
-                     and (text := difference(read_identity(path), now)))
-        if not (text := next(different, '')):
-            return folder
-        print(f'{folder} holds runs with other constants ({text}); it is left alone, using the next folder')
+    """Of base, base-2, base-3 ... the first that holds these runs, else the first that holds no others."""
+    base.mkdir(parents=True, exist_ok=True)
+    numbers = [int(match[1]) for path in base.parent.iterdir()
+               if (match := re.fullmatch(rf'{re.escape(base.name)}-(\d+)', path.name))]
+    folders = [base, *(base.with_name(f'{base.name}-{n}') for n in range(2, max([1, *numbers]) + 2))]  # the last is new
+    begun = {folder: [(run, path) for run in identities for _, path in seed_folders(folder, slug(run))
+                      if any((path / name).exists() for name in ('config.json', 'checkpoint.pt', 'result.json'))]
+             for folder in folders}
+    others = {folder: next((f'{run}: {text}' for run, path in runs
+                            if (text := difference(read_identity(path), identities[run]))), '')
+              for folder, runs in begun.items()}
+    fitting = [folder for folder in folders if not others[folder]]
+    chosen = next((folder for folder in fitting if begun[folder]), fitting[0])
+    for folder in folders[:folders.index(chosen)]:
+        if others[folder]:
+            print(f'{folder} holds runs with other constants ({others[folder]}); it is left alone, using the next '
+                  f'folder')
+    chosen.mkdir(exist_ok=True)
+    return chosen
 
 
 def claim(folder: Path, now: dict[str, Any]) -> None:

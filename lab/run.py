@@ -83,8 +83,12 @@ class Run:
             return False
         copy = self.folder.with_name(f'.{self.folder.name}.tmp')  # hidden until it is complete
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(finished, copy, copy_function=_link_or_copy,
-                        ignore=shutil.ignore_patterns('*.png', '*.tmp', 'checkpoint.pt'))
+        try:
+            shutil.copytree(finished, copy, copy_function=_link_or_copy,
+                            ignore=shutil.ignore_patterns('*.png', '*.tmp', 'checkpoint.pt'))
+        except shutil.Error as error:  # a list of (from, to, reason)
+            shutil.rmtree(copy, ignore_errors=True)
+            raise OSError(f'{finished} could not be copied to {self.folder} ({error.args[0][0][2]})') from error
         self.result.run, self.result.data = self.name, self.source
         write_atomically(copy / 'result.json', json.dumps(asdict(self.result), indent=1) + '\n')
         shutil.rmtree(self.folder, ignore_errors=True)

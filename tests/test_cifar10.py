@@ -91,7 +91,8 @@ def test_cifar10_that_is_missing_or_damaged_is_an_error_that_says_what_helps(off
     path.write_bytes(path.read_bytes()[:-1] + b'?')
     monkeypatch.setattr(cifar10, 'HERE', official)
     for data in ('cifar10', 'auto'):  # never replaced by shapes
-        with pytest.raises(ValueError, match=r'CIFAR-10 is damaged in .*get_datasets.sh URL\)$'):
+        with pytest.raises(ValueError, match=r'CIFAR-10 is damaged in .*: delete .*cifar-10-batches-py, then run '
+                                             r'.*get_datasets.sh URL\)$'):
             load(data, official, 49000, 1000)
 
 

@@ -83,6 +83,16 @@ def test_other_constants_get_a_folder_of_their_own_and_both_can_be_continued(run
     assert not (folder / 'Q1-3').exists()
 
 
+def test_a_run_is_continued_where_it_is_although_an_earlier_folder_has_become_free(run, folder):
+    run()
+    run('--num-epochs', 2)
+    (folder / 'Q1-2/ConvNet/seed0/result.json').rename(folder / 'Q1-2/ConvNet/seed0/not yet')
+    shutil.rmtree(folder / 'Q1')
+    run('--num-epochs', 2)
+    assert (folder / 'Q1-2/ConvNet/seed0/result.json').exists() and not list((folder / 'Q1').glob('ConvNet/*'))
+    assert 'left alone' not in run('--num-epochs', 3) and (folder / 'Q1/ConvNet/seed0/result.json').exists()
+
+
 def test_a_constant_that_a_run_did_not_have_yet_is_another_run_unless_it_is_known_what_the_run_did(run, folder):
     run('--flip', 0.5)
     path = folder.parent / RUN / 'config.json'

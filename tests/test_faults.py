@@ -166,6 +166,28 @@ def test_a_table_open_elsewhere_ends_only_what_is_trained(tmp_path, whole, monke
     assert 'images/s' not in capsys.readouterr().out
 
 
+def test_a_finished_run_that_is_damaged_does_not_end_what_is_still_to_train(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiment, 'SECONDS_BETWEEN_TABLES', -1)
+    assert convnet(tmp_path) == 0
+    (tmp_path / RUN / 'history.csv').write_text('damaged')
+    capsys.readouterr()
+    status = convnet(tmp_path, '--seeds', 1, 2)
+    output = capsys.readouterr()
+    assert status == 2 and 'history.csv' in output.err and output.out.count('images/s') == 6
+
+
+def test_a_run_that_cannot_be_copied_from_another_question_is_one_sentence(tmp_path, monkeypatch, capsys):
+    def full(*_arguments):
+        raise OSError(28, 'No space left on device')
+    assert convnet(tmp_path) == 0
+    monkeypatch.setattr(os, 'link', full)
+    monkeypatch.setattr(shutil, 'copy2', full)
+    capsys.readouterr()
+    status = convnet(tmp_path, '--experiment', 'Q2a')
+    assert_refused(status, capsys, 'could not be copied to', 'No space left', '--results')
+    assert not list(tmp_path.rglob('.seed0.tmp'))
+
+
 @pytest.mark.parametrize('blocked', [Path('.'), RUN], ids=str)
 def test_a_file_where_a_folder_should_be_is_named_and_stays(tmp_path, capsys, blocked):
     path = tmp_path / 'results' / blocked

@@ -141,6 +141,14 @@ def test_subfolders_and_links_are_searched_each_once(tmp_path, monkeypatch):
         load_folder(root)
 
 
+def test_too_little_memory_for_an_image_is_not_the_images_fault(tmp_path, monkeypatch):
+    def too_large(*_):
+        raise MemoryError
+    monkeypatch.setattr(Image, 'open', too_large)
+    with pytest.raises(MemoryError):
+        load_folder(make_folder(tmp_path))
+
+
 def test_only_what_pillow_cannot_decode_is_left_out_and_it_is_said(tmp_path):
     root = write(make_folder(tmp_path), dict.fromkeys(
         ['train/notes.txt', 'train/.hidden/a.png', 'train/bee/.DS_Store', 'train/bee/.a/b.png',

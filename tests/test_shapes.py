@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from datasets import shapes
+from datasets import cifar10, shapes
 from datasets.shapes import CLASSES, make_shapes
 
 
@@ -51,3 +51,22 @@ def test_mean_colours_hint_at_the_class_but_do_not_give_it_away(drawn):
     means = torch.stack([colours[:500][labels[:500] == label].mean(0) for label in range(10)])
     accuracy = (torch.cdist(colours[500:], means).argmin(1) == labels[500:]).float().mean()
     assert 0.2 < accuracy < 0.75
+
+
+def test_the_shapes_of_a_version_are_the_same_on_every_processor_but_for_rounding():
+    """Where this fails because the shapes are to look otherwise, raise shapes.VERSION, too."""
+    images, labels = make_shapes(100, seed=0)
+    assert shapes.VERSION == 'built-in shapes 1'
+    assert images.double().mean((0, 2, 3)).tolist() == pytest.approx([111.1448, 106.5350, 111.1856], abs=0.005)
+    assert labels[:10].tolist() == [4, 9, 3, 0, 1, 9, 7, 5, 3, 1]
+
+
+def test_shapes_are_known_by_their_version_and_not_by_pixels_that_processors_round_differently(monkeypatch):
+    def content(difference):
+        monkeypatch.setattr(shapes, 'make_shapes', lambda n, seed: (
+            torch.full((n // 100, 3, 32, 32), difference, dtype=torch.uint8), torch.zeros(n // 100).long()))
+        return cifar10.load('shapes', None, 10, 4).content
+    first = content(0)
+    assert content(1) == first
+    monkeypatch.setattr(shapes, 'VERSION', 'built-in shapes 2')
+    assert content(0) != first
