@@ -84,7 +84,7 @@ def read_constants(script: str, constants: Config, questions: Mapping[str, Quest
     rows = {run: read(row) for run, row in table.items()}
     for config in rows.values():
         _check_ranges(config, RANGES | dict(ranges or {}))
-    _check_compared(name, table, rows)
+    _check_compared(name, constants, table, rows)
     return name, rows
 
 
@@ -154,15 +154,16 @@ def _check_table(name: str, question: Question, constants: set[str]) -> Mapping[
     return table
 
 
-def _check_compared(name: str, table: Mapping[str, Mapping], rows: Mapping[str, Any]) -> None:
-    """Raise ValueError where the command line or a constant has undone what a question compares."""
-    alike = len(set(map(repr, rows.values()))) < len(rows)  # two rows have become the same run
+def _check_compared(name: str, constants: Config, table: Mapping[str, Mapping], rows: Mapping[str, Config]) -> None:
+    """Raise ValueError where the command line or an edited constant has undone what a question compares."""
+    meant = {run: typed(replace(constants, **row)) for run, row in table.items()}  # without the command line
+    alike = len(set(map(repr, meant.values()))) < len(meant)  # a constant has made two rows the same run
     for key in dict.fromkeys(key for row in table.values() for key in row):
         values = {repr(getattr(config, key)) for config in rows.values()}
-        compared = len({repr(row.get(key)) for row in table.values()}) > 1
-        overridden = [run for run, row in table.items() if key in row and row[key] != getattr(rows[run], key)]
-        misnamed = any(table[run][key] == run for run in overridden)  # 'frozen', but not frozen any more
-        if misnamed or compared and len(values) == 1 and (overridden or alike):
+        compared = [getattr(config, key) for config in meant.values()] if not alike else [
+            row.get(key) for row in table.values()]
+        misnamed = any(run == getattr(meant[run], key) != getattr(rows[run], key) for run in rows)
+        if misnamed or len(values) == 1 < len(set(map(repr, compared))):
             raise ValueError(f'{name} compares values of {key}, but the command line or the constants make it '
                              f'{values.pop()} in every run: leave {key} alone, or choose another experiment')
 

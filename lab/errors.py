@@ -1,7 +1,6 @@
 """What a user can cause ends in one sentence and an exit status, never in a traceback."""
 import functools
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -28,7 +27,7 @@ def ends_in_a_sentence(main: Main) -> Main:
     def wrapped(argv: Sequence[str] = ()) -> int:
         name = Path(main.__globals__['__file__']).stem
         with redirect_stdout(Console(sys.stdout)), redirect_stderr(Console(sys.stderr)):
-            words = shlex.split(argv) if isinstance(argv, str) else argv  # in a notebook: main('--seeds 0 1')
+            words = argv.split() if isinstance(argv, str) else argv  # in a notebook: main('--seeds 0 1')
             try:
                 with _signals_as_exceptions():
                     return main([str(word) for word in words])

@@ -47,23 +47,26 @@ def seed_folders(folder: Path, run: str = '*') -> list[tuple[int, Path]]:
 def choose_folder(base: Path, identities: Mapping[str, dict]) -> Path:
     """Of base, base-2, base-3 ... the first that holds these runs, else the first that holds no others."""
     base.mkdir(parents=True, exist_ok=True)
-    numbers = [int(match[1]) for path in base.parent.iterdir()
-               if (match := re.fullmatch(rf'{re.escape(base.name)}-(\d+)', path.name))]
-    folders = [base, *(base.with_name(f'{base.name}-{n}') for n in range(2, max([1, *numbers]) + 2))]  # the last is new
-    begun = {folder: [(run, path) for run in identities for _, path in seed_folders(folder, slug(run))
-                      if any((path / name).exists() for name in ('config.json', 'checkpoint.pt', 'result.json'))]
-             for folder in folders}
-    others = {folder: next((f'{run}: {text}' for run, path in runs
-                            if (text := difference(read_identity(path), identities[run]))), '')
-              for folder, runs in begun.items()}
-    fitting = [folder for folder in folders if not others[folder]]
-    chosen = next((folder for folder in fitting if begun[folder]), fitting[0])
-    for folder in folders[:folders.index(chosen)]:
-        if others[folder]:
-            print(f'{folder} holds runs with other constants ({others[folder]}); it is left alone, using the next '
-                  f'folder')
-    chosen.mkdir(exist_ok=True)
-    return chosen
+    numbers = {int(match[1]) for path in base.parent.iterdir()
+               if (match := re.fullmatch(rf'{re.escape(base.name)}-([1-9]\d*)', path.name))}
+    unused = next(n for n in itertools.count(2) if n not in numbers)
+    free, others = None, {}
+    for folder in [base, *(base.parent / f'{base.name}-{n}' for n in sorted(numbers | {unused}))]:
+        begun = [(run, path) for run in identities for _, path in seed_folders(folder, slug(run))
+                 if any((path / name).exists() for name in ('config.json', 'checkpoint.pt', 'result.json'))]
+        others[folder] = next((f'{run}: {text}' for run, path in begun
+                               if (text := difference(read_identity(path), identities[run]))), '')
+        if begun and not others[folder]:
+            break
+        if not begun:
+            free = free or folder
+    else:
+        folder = free
+    for passed, text in itertools.takewhile(lambda other: other[0] != folder, others.items()):
+        if text:
+            print(f'{passed} holds runs with other constants ({text}); it is left alone, using the next folder')
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def claim(folder: Path, now: dict[str, Any]) -> None:
@@ -92,4 +95,3 @@ def recorded_precision(folder: Path, run: str, others: Iterable[Path] = ()) -> t
         with reading(path / 'config.json'):
             return read_identity(path)['precision'], path
     return None
-

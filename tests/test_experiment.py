@@ -91,6 +91,9 @@ def test_a_run_is_continued_where_it_is_although_an_earlier_folder_has_become_fr
     run('--num-epochs', 2)
     assert (folder / 'Q1-2/ConvNet/seed0/result.json').exists() and not list((folder / 'Q1').glob('ConvNet/*'))
     assert 'left alone' not in run('--num-epochs', 3) and (folder / 'Q1/ConvNet/seed0/result.json').exists()
+    (folder / 'Q1-20261128').mkdir()  # a copy, as people name them
+    (folder / 'Q1-2/ConvNet/seed0/config.json').write_text('damaged')
+    assert 'already finished' in run('--num-epochs', 3)
 
 
 def test_a_constant_that_a_run_did_not_have_yet_is_another_run_unless_it_is_known_what_the_run_did(run, folder):
