@@ -34,7 +34,7 @@ from lab.identity import choose_folder, claim, identity, recorded_precision
 from lab.plots import colours
 from lab.progress import Progress
 from lab.results import markdown_table
-from lab.run import Run
+from lab.run import Run, read_finished
 
 LEVELS = (75, 80, 85, 88)  # percent of the test images
 ADVICE = 'run benchmarks/training_speed.py on this machine, or name its JSON file with --speed'
@@ -116,11 +116,14 @@ def usual_ratio(path: Path) -> tuple[float, str]:
 
 
 def train(run: Run) -> History:
-    """Train a run, or what is left of it."""
+    """Train a run, or what is left of it. Raises ValueError where it diverged."""
     claim(run.folder, identity(run.config, run.data, {}))
     if not (run.folder / 'result.json').exists():
         ex3_convnet.train(run)
-    return History.read(run.folder / 'history.csv')
+    result, history = read_finished(run.folder)
+    if result.status != 'finished':
+        raise ValueError(f'{run.name}: {result.status} {result.reason}')
+    return history
 
 
 def cumulated(seconds: Sequence[float]) -> list[float]:

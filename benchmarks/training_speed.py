@@ -250,8 +250,9 @@ def main(argv: Sequence[str] = ()) -> int:
         return 0
     if not options.cases or not {*options.cases} <= {*CASES}:
         raise ValueError(f'cases must be of {"; ".join(CASES)}; got {"; ".join(options.cases) or "none"}')
-    if (least := min(options.repetitions, options.batch_size, options.steps or 1)) < 1:
-        raise ValueError(f'repetitions, steps and batch_size must be at least 1, got {least}')
+    if min(options.repetitions, 1 if options.steps is None else options.steps, options.batch_size - 1) < 1:
+        raise ValueError(f'repetitions and steps must be at least 1 and batch_size at least 2, got '
+                         f'{options.repetitions}, {options.steps} and {options.batch_size}')
     device = pick_device(options.device)
     precision, reason = pick_precision(options.precision, device)
     data = load_data(options, options.steps or STEPS.get(device.type, STEPS['cpu']))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules
 
+import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -29,6 +30,8 @@ from training import evaluate, seed_everything
 def main(argv: Sequence[str] = ()) -> int:
     """Train what is not finished of Q3b, then print the table; returns the exit status."""
     name, rows = read_constants('ex3_convnet', Config(), QUESTIONS, [*argv, '--experiment', 'Q3b'])
+    for config in rows.values():
+        make_model(config, torch.device('meta'))  # refuses what cannot be built before anything is trained
     with Experiment('ex3_convnet', name, QUESTIONS[name], rows, Config()) as experiment:
         for run in experiment.runs():
             train(run)

@@ -15,7 +15,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple
@@ -26,12 +26,13 @@ import tyro
 
 import ex3_convnet
 import ex3_pretrained
-from lab.constants import slug
+from lab.constants import read_constants, slug
 from lab.errors import ends_in_a_sentence
 from lab.files import read_csv, to_csv, write_atomically
 from lab.history import Epoch, History
 from lab.progress import duration
 from lab.results import Result, markdown_table, summary_table
+from models.weights import fingerprint
 
 HERE = Path(__file__).parent
 
@@ -93,21 +94,26 @@ def main(argv: Sequence[str] = ()) -> int:
         raise ValueError(f'parts must be of {", ".join(PARTS)}; got {unknown[0]!r}')
     is_full = options.scale == 'full'
     more = ((0, 1, 2) if is_full else ()) if options.seeds is None else options.seeds
+    for script in dict.fromkeys(PARTS[name].script for name in options.parts):  # before hours of training
+        read_constants(script.__name__, replace(script.Config(), seeds=more or (0,)), script.QUESTIONS, [])
+        if script is ex3_pretrained:
+            fingerprint(options.weights)
+    check_blocks(options.report)
     statuses = [0]
     for seeds in [(), more] if more else [()]:  # the scripts' own first, so that all parts are there early
         for name in options.parts:
             part = PARTS[name]
             reduced = '' if is_full else part.reduced
             published = constants_in(options.report.read_text(encoding='utf-8'))
-            if reduced and read(name, options.report.parent) and published.get(name) == '':
+            if reduced and was_measured(read(name, options.report.parent)) and published.get(name) == '':
                 print(f'{name}: the report has it at full scale, skipped')
                 continue
             statuses.append(run(part, options, reduced, seeds or (() if is_full else part.seeds)))
             if statuses[-1] > 1:
                 return statuses[-1]
-            collect(name, options)
-            text = options.report.read_text(encoding='utf-8')  # which may have been edited in the meantime
-            write_atomically(options.report, fill(text, options.report.parent, {name: reduced}))
+            if collect(name, options):
+                text = options.report.read_text(encoding='utf-8')  # which may have been edited in the meantime
+                write_atomically(options.report, fill(text, options.report.parent, {name: reduced}))
     return max(statuses)
 
 
@@ -130,12 +136,15 @@ def run(part: Part, options: Options, constants: str, seeds: Sequence[int]) -> i
                              '--results', str(options.results)])
 
 
-def collect(name: str, options: Options) -> None:
-    """Copy the summary, epochs and pictures that a part has just written beside the report."""
+def collect(name: str, options: Options) -> bool:
+    """Copy what a part has just written beside the report -> False where no run could be done and one had been."""
     part, target = PARTS[name], options.report.parent
     summaries = [path for path in (options.results / part.script.__name__).glob('*/summary.csv')
                  if re.fullmatch(rf'{part.experiment}(-[0-9]+)?', path.parent.name)]
     newest = max(summaries, key=lambda path: path.stat().st_mtime).parent  # other constants have other folders
+    if was_measured(read(name, target)) and not was_measured(read_csv(Result, newest / 'summary.csv')):
+        print(f'{name}: no run could be done, the report keeps what it has')
+        return False
     shutil.copyfile(newest / 'summary.csv', target / f'{name}.csv')
     epochs = [RunEpoch(**vars(epoch), run=result.run, seed=result.seed)
               for result in read(name, target) if result.epochs
@@ -147,12 +156,27 @@ def collect(name: str, options: Options) -> None:
             shutil.copyfile(made, published)
         else:  # no run could be done
             published.unlink(missing_ok=True)
+    return True
+
+
+def was_measured(results: Sequence[Result]) -> bool:
+    return any(result.status == 'finished' for result in results)
 
 
 # --- writing ------------------------------------------------------------------------------------------------
 
 
-MARKER = re.compile(r'<!-- (?P<part>[\w-]+):(?P<constants>[^>]*) -->')
+MARKER = re.compile(rf'<!-- (?P<part>overview|{"|".join(map(re.escape, PARTS))}):(?P<constants>[^>]*) -->')
+BLOCK = re.compile(rf'{MARKER.pattern}(?:(?!<!-- ).)*<!-- end -->', re.DOTALL)
+
+
+def check_blocks(report: Path) -> None:
+    """Raise ValueError where a block has lost its end: what follows it would be taken for a part of it."""
+    text = report.read_text(encoding='utf-8')
+    whole = [block.start() for block in BLOCK.finditer(text)]
+    for marker in MARKER.finditer(text):
+        if marker.start() not in whole:
+            raise ValueError(f'{report}: {marker[0]} needs an <!-- end --> before the next comment')
 
 
 def constants_in(text: str) -> dict[str, str]:
@@ -168,7 +192,7 @@ def fill(text: str, folder: Path, made: dict[str, str] | None = None) -> str:
         part = match['part']
         content = overview(constants, folder) if part == 'overview' else block(part, constants[part], folder)
         return f'<!-- {part}: {constants[part]} -->\n\n{content}\n\n<!-- end -->'
-    return re.sub(rf'{MARKER.pattern}.*?<!-- end -->', anew, text, flags=re.DOTALL)
+    return BLOCK.sub(anew, text)
 
 
 def block(name: str, constants: str, folder: Path) -> str:
@@ -189,7 +213,7 @@ def overview(constants: dict[str, str], folder: Path) -> str:
     """A table of the parts: their scale, device and time."""
     rows, every = [['part', 'scale', 'runs', 'training', 'on']], set()
     for name in PARTS:
-        if results := read(name, folder):
+        if name in constants and (results := read(name, folder)):
             seconds = [result.seconds for result in results]
             every |= {*seconds}  # a run that two parts share once: its seconds are the same to the last digit
             devices = ' / '.join(dict.fromkeys(f'{result.device}, {result.precision}' for result in results))

@@ -108,8 +108,36 @@ def test_a_part_that_lacks_weights_does_not_stop_the_others_but_an_error_does(ti
     argv[argv.index('shapes')] = '/no/such/folder'
     assert main(argv) == 2
     assert path.read_text(encoding='utf-8') == text and '/no/such/folder' in capsys.readouterr().err
-    assert main(['--parts', 'Q9']) == 2
-    assert "'Q9'" in capsys.readouterr().err
+    for wrong, words in (('--parts Q9', "'Q9'"), ('--parts Q1 Q4a --weights none.pt', 'there is no file none.pt'),
+                         ('--parts Q1 --seeds 0 -1', 'seeds must be between')):  # before anything is trained
+        assert main(['--report', str(path), *wrong.split()]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_what_could_not_be_run_replaces_nothing_and_does_not_count_as_full_scale(tiny, monkeypatch, tmp_path, capsys):
+    argv, path = tiny
+    folder = tmp_path / 'results' / 'ex3_convnet' / 'Q1'
+    folder.mkdir(parents=True)
+    (folder / 'summary.csv').write_text(to_csv(Result, [Result('ConvNet', 0, 'not run')]))
+    options = Options(results=tmp_path / 'results', report=path)
+    assert make.collect('Q1', options)  # where there is nothing better
+    path.write_text(fill(TEXT, path.parent, {'Q1': ''}))
+    monkeypatch.setattr(ex3_convnet, 'main', lambda _argv: 1)
+    assert main(argv) == 1 and 'skipped' not in capsys.readouterr().out
+    (path.parent / 'Q1.csv').write_text(finished := to_csv(Result, [Result('ConvNet', 0, best_test_accuracy=0.5)]))
+    assert not make.collect('Q1', options) and (path.parent / 'Q1.csv').read_text() == finished
+    path.write_text(fill(TEXT, path.parent, {'Q1': ''}))
+    assert main(argv) == 0 and 'the report has it at full scale, skipped' in capsys.readouterr().out
+
+
+def test_a_page_may_hold_comments_of_its_own_and_lack_blocks_but_no_end(tiny, capsys):
+    argv, path = tiny
+    (path.parent / 'Q1.csv').write_text(to_csv(Result, [Result('ConvNet', 0)]))
+    own = TEXT.replace('Q1 {}', '<!-- TODO: say more -->')
+    assert '<!-- TODO: say more -->' in fill(own, path.parent)
+    assert '| Q1 ' not in fill(own.replace('Q1: num_epochs=7', 'mine: 3'), path.parent)
+    path.write_text(TEXT.replace('<!-- overview: --><!-- end -->', '<!-- overview: -->'))
+    assert main(argv) == 2 and 'overview: --> needs an <!-- end -->' in capsys.readouterr().err
 
 
 def test_full_scale_runs_the_scripts_own_seeds_then_three_and_the_times_add_up(tmp_path, monkeypatch):
@@ -126,7 +154,8 @@ def test_full_scale_runs_the_scripts_own_seeds_then_three_and_the_times_add_up(t
     (tmp_path / 'Q1.csv').write_text(to_csv(Result, [Result('ConvNet', 0, seconds=7200)]))
     (tmp_path / 'Q2a.csv').write_text(to_csv(Result, [Result('plain', 0, seconds=7200),  # the run of Q1
                                                       Result('batch norm', 0, seconds=3600)]))
-    rest = ['--data', 'D', '--weights', 'W', '--results', str(tmp_path)]
+    (tmp_path / 'W').touch()
+    rest = ['--data', 'D', '--weights', str(tmp_path / 'W'), '--results', str(tmp_path)]
     assert main(['--parts', 'Q4a', *rest, '--report', str(path)]) == 0
     assert calls == [['--experiment', 'Q4a', *rest], ['--experiment', 'Q4a', '--seeds', '0', '1', '2', *rest]]
     text = path.read_text(encoding='utf-8')
@@ -171,6 +200,12 @@ def test_batch_norms_statistics_are_estimated_with_the_dropout_asked_for():
     torch.testing.assert_close(without, model.train()(images), rtol=1e-2, atol=1e-2)  # the batch's own, no dropout
     estimate_statistics(model, [(images, labels)], 0.5)
     assert (model.eval()(images) - without).norm() > 0.1 * without.norm()
+
+
+def test_networks_that_cannot_be_built_are_refused_before_anything_is_written(tmp_path, capsys):
+    options = ['--hidden-size', *'123456', '--data', 'shapes', '--results', str(tmp_path)]
+    assert dropout_and_batch_norm.main(options) == 2
+    assert 'one to five blocks' in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_what_dropout_costs_through_batch_norm_is_a_table_of_the_runs_that_have_dropout(tmp_path, capsys):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ex3_convnet
+import training
 from benchmarks import time_to_accuracy as bench
 from datasets import cifar10
 from lab.constants import Question
@@ -87,6 +88,18 @@ def test_recipes_are_timed_on_test_images_and_the_usual_script_by_the_ratio_of_s
     assert bench.main([*arguments, *other, '--precision', 'fp32']) == 0
     assert trained[2:] == [(1, 'fp32', 0)] and (tmp_path / 'out-2' / 'Q1' / 'seed0').exists()
     assert 'num_epochs=1' in capsys.readouterr().out
+
+
+def test_a_recipe_that_diverges_is_no_table(tmp_path, monkeypatch, capsys, cheap):
+    tiny = Question('?', {'fast': {'hidden_size': (4, 4), 'num_epochs': 2}})
+    monkeypatch.setitem(ex3_convnet.QUESTIONS, 'fast', tiny)
+    calls = iter(['', 'step 3'])
+    monkeypatch.setattr(training, 'first_not_finite', lambda *_: next(calls))
+    arguments = ['--data', 'shapes', '--recipes', 'fast', '--device', 'cpu', '--results', str(tmp_path)]
+    for _ in range(2):
+        assert bench.main(arguments) == 2
+        output = capsys.readouterr()
+        assert 'fast: diverged in epoch 2, step 3' in output.err and '| minutes' not in output.out
 
 
 @pytest.mark.parametrize('wrong, message', [

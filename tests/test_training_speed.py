@@ -163,7 +163,8 @@ def test_a_tiny_run_prints_a_table_and_writes_numbers_and_a_plot(tmp_path, monke
     other = str(RESULTS / 'time_to_accuracy' / 'curves.json')
     for wrong, words in ((['--cases', 'ResNet'], 'got ResNet'), (['--cases'], 'got none'),
                          (['--table', 'none.json'], 'none.json'), (['--table', other], 'is not a JSON file'),
-                         (['--repetitions', '0'], 'repetitions, steps and batch_size must be at least 1, got 0')):
+                         (['--repetitions', '0'], 'repetitions and steps must be at least 1'),
+                         (['--steps', '0'], ', 0 and '), (['--batch-size', '1'], 'batch_size at least 2')):
         assert speed.main(wrong) == 2
         assert words in capsys.readouterr().err
 
