@@ -90,7 +90,7 @@ def project(script: ModuleType, config: Any, data: cifar10.Data, device: torch.d
     data, features = data.to(device), None
     model = script.make_model(config, device)
     if getattr(config, 'mode', '') == 'frozen':
-        batches, evaluation, seconds = script.choose_batches(config, model, data)
+        batches, evaluation, seconds = script.make_feature_batches(config, data)
         features = {'images': 2 * len(data.train), 'seconds': seconds}
     else:
         batches, evaluation = script.make_batches(config, data)

@@ -133,8 +133,8 @@ def test_what_could_not_be_run_replaces_nothing_and_does_not_count_as_full_scale
 def test_a_page_may_hold_comments_of_its_own_and_lack_blocks_but_no_end(tiny, capsys):
     argv, path = tiny
     (path.parent / 'Q1.csv').write_text(to_csv(Result, [Result('ConvNet', 0)]))
-    own = TEXT.replace('Q1 {}', '<!-- TODO: say more -->')
-    assert '<!-- TODO: say more -->' in fill(own, path.parent)
+    own = TEXT.replace('Q1 {}', '<!-- a note: of my own -->').replace('Words.', '<!-- mine: 3 -->')
+    assert '<!-- a note: of my own -->' in (text := fill(own, path.parent)) and '<!-- mine: 3 -->' in text
     assert '| Q1 ' not in fill(own.replace('Q1: num_epochs=7', 'mine: 3'), path.parent)
     path.write_text(TEXT.replace('<!-- overview: --><!-- end -->', '<!-- overview: -->'))
     assert main(argv) == 2 and 'overview: --> needs an <!-- end -->' in capsys.readouterr().err
